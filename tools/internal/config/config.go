@@ -1,0 +1,135 @@
+// Package config turns the environment into checked settings.
+//
+// Every program asks a Reader for the parts that it needs and then for Err, which
+// tells all problems at once: one line each, with the setting's name and an
+// example of a good value. Empty counts as missing, as Compose passes an unset
+// variable as an empty one. Values of secrets are never part of a message.
+package config
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"reflect"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/kelseyhightower/envconfig"
+
+	"github.com/infra-pki/infra-pki/tools/internal/oneshot"
+)
+
+// RuntimeRole is the database role that step-ca logs in as. It owns nothing.
+const RuntimeRole = "stepca"
+
+// environment holds the plain settings as they were written. They are all
+// strings: envconfig stops at the first value that it cannot parse and prints it
+// (kelseyhightower/envconfig v1.4.0), so parsing is done here.
+type environment struct {
+	PKIName              string `envconfig:"PKI_NAME" default:"Internal CA"`
+	Domain               string `envconfig:"DOMAIN_CA"`
+	DNSNames             string `envconfig:"PKI_DNS_NAMES"`
+	Port                 string `envconfig:"CA_PORT" default:"9000"`
+	AllowedIPs           string `envconfig:"ALLOWED_IPS"`
+	EdgeSubnet           string `envconfig:"EDGE_SUBNET" default:"172.28.100.0/24"`
+	EdgeSubnet6          string `envconfig:"EDGE_SUBNET6"`
+	EnableACME           string `envconfig:"ENABLE_ACME" default:"true"`
+	RootLifetime         string `envconfig:"ROOT_LIFETIME" default:"87600h"`
+	IntermediateLifetime string `envconfig:"INTERMEDIATE_LIFETIME" default:"26280h"`
+	TLSMin               string `envconfig:"TLS_MIN_LIFETIME" default:"5m"`
+	TLSDefault           string `envconfig:"TLS_DEFAULT_LIFETIME" default:"24h"`
+	TLSMax               string `envconfig:"TLS_MAX_LIFETIME" default:"720h"`
+	PostgresHost         string `envconfig:"POSTGRES_HOST" default:"postgres"`
+	PostgresPort         string `envconfig:"POSTGRES_PORT" default:"5432"`
+	PostgresSSLMode      string `envconfig:"POSTGRES_SSLMODE" default:"disable"`
+	PostgresDB           string `envconfig:"POSTGRES_DB"`
+	PostgresUser         string `envconfig:"POSTGRES_USER"`
+	LogFormat            string `envconfig:"LOG_FORMAT" default:"text"`
+}
+
+// Reader reads settings and remembers every problem that it meets.
+type Reader struct {
+	env      environment
+	problems []error
+	warnings []string
+	secrets  map[string]Secret
+}
+
+// NewReader reads the process environment.
+func NewReader() *Reader {
+	r := &Reader{secrets: map[string]Secret{}}
+	for _, name := range Names() {
+		if os.Getenv(name) == "" {
+			// envconfig applies a default to an unset variable only.
+			_ = os.Unsetenv(name) // fails on an invalid name alone
+		}
+	}
+	if err := envconfig.Process("", &r.env); err != nil {
+		r.problems = append(r.problems, fmt.Errorf("reading the environment: %w", err))
+	}
+	if r.env.LogFormat != "text" && r.env.LogFormat != "json" {
+		r.problem("LOG_FORMAT", "text", "is neither text nor json: %q", r.env.LogFormat)
+	}
+	return r
+}
+
+// Names lists the plain settings, in the order of their declaration.
+func Names() []string {
+	t := reflect.TypeFor[environment]()
+	names := make([]string, 0, t.NumField())
+	for i := range t.NumField() {
+		names = append(names, t.Field(i).Tag.Get("envconfig"))
+	}
+	return names
+}
+
+// Err returns all problems met so far, with exit code 2, or nil.
+func (r *Reader) Err() error {
+	if len(r.problems) == 0 {
+		return nil
+	}
+	return oneshot.WithHint(oneshot.WithExitCode(errors.Join(r.problems...), oneshot.ExitMisconfigured),
+		"correct .env; nothing was changed, and \"make check\" tests it without starting anything")
+}
+
+// Warnings are settings that are allowed and probably not meant.
+func (r *Reader) Warnings() []string { return r.warnings }
+
+// problem records what is wrong with a setting. example is a good value.
+func (r *Reader) problem(setting, example, format string, args ...any) {
+	r.problems = append(r.problems,
+		fmt.Errorf("%s %s; a good value: %s", setting, fmt.Sprintf(format, args...), example))
+}
+
+func (r *Reader) warn(format string, args ...any) {
+	r.warnings = append(r.warnings, fmt.Sprintf(format, args...))
+}
+
+func (r *Reader) duration(setting, value, example string) time.Duration {
+	d, err := time.ParseDuration(value)
+	if err != nil || d <= 0 {
+		r.problem(setting, example, "is not a length of time: %q (units are h, m and s)", value)
+		return 0
+	}
+	return d
+}
+
+func (r *Reader) boolean(setting, value string) bool {
+	switch strings.ToLower(value) {
+	case "true":
+		return true
+	case "false":
+		return false
+	}
+	r.problem(setting, "true", "is neither true nor false: %q", value)
+	return false
+}
+
+func (r *Reader) port(setting, value, example string) uint16 {
+	n, err := strconv.ParseUint(value, 10, 16)
+	if err != nil || n == 0 {
+		r.problem(setting, example, "is not a TCP port: %q", value)
+	}
+	return uint16(n)
+}

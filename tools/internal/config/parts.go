@@ -1,0 +1,161 @@
+package config
+
+import (
+	"net"
+	"net/netip"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+	"unicode/utf8"
+)
+
+// Database is where step-ca's state lies.
+type Database struct {
+	Host    string
+	Port    uint16
+	SSLMode string
+	Name    string
+	Owner   string
+}
+
+// A name that needs no quoting in SQL, in a DSN or in a passfile.
+var identifier = regexp.MustCompile(`^[a-z_][a-z0-9_]{0,62}$`)
+
+// Database reads POSTGRES_*.
+func (r *Reader) Database() Database {
+	db := Database{
+		Host: r.env.PostgresHost, Port: r.port("POSTGRES_PORT", r.env.PostgresPort, "5432"),
+		SSLMode: r.env.PostgresSSLMode, Name: r.env.PostgresDB, Owner: r.env.PostgresUser,
+	}
+	if !slices.Contains([]string{"disable", "require", "verify-ca", "verify-full"}, db.SSLMode) {
+		r.problem("POSTGRES_SSLMODE", "disable", "is none of disable, require, verify-ca and verify-full: %q", db.SSLMode)
+	}
+	r.identifier("POSTGRES_DB", db.Name, "step_ca_db")
+	r.identifier("POSTGRES_USER", db.Owner, "step_ca_owner")
+	if db.Owner == RuntimeRole {
+		r.problem("POSTGRES_USER", "step_ca_owner", "is %q, the name of the role that step-ca itself runs as and that must own nothing", RuntimeRole)
+	}
+	return db
+}
+
+func (r *Reader) identifier(setting, value, example string) {
+	switch {
+	case value == "":
+		r.problem(setting, example, "is missing")
+	case !identifier.MatchString(value):
+		r.problem(setting, example, "is not a lower-case name of letters, digits and underscores: %q", value)
+	}
+}
+
+// CA is what the certificate authority is called and how long things live.
+type CA struct {
+	Name                 string   // of the PKI, in the subjects of root and intermediate
+	Domain               string   // the public name
+	Names                []string // every name of step-ca's own certificate, Domain first
+	Port                 uint16   // published
+	ACME                 bool
+	RootLifetime         time.Duration
+	IntermediateLifetime time.Duration
+	TLSMin               time.Duration
+	TLSDefault           time.Duration
+	TLSMax               time.Duration
+}
+
+// URL is the address of the CA for its clients.
+func (c CA) URL() string {
+	return "https://" + net.JoinHostPort(c.Domain, strconv.Itoa(int(c.Port)))
+}
+
+// A root CA certificate is called "NAME Intermediate CA" at most, and a common
+// name has at most 64 characters (RFC 5280, ub-common-name).
+const maxPKIName = 64 - len(" Intermediate CA")
+
+// CA reads the names and lifetimes.
+func (r *Reader) CA() CA {
+	ca := CA{
+		Name:                 r.env.PKIName,
+		Domain:               strings.ToLower(r.env.Domain),
+		Port:                 r.port("CA_PORT", r.env.Port, "9000"),
+		ACME:                 r.boolean("ENABLE_ACME", r.env.EnableACME),
+		RootLifetime:         r.duration("ROOT_LIFETIME", r.env.RootLifetime, "87600h"),
+		IntermediateLifetime: r.duration("INTERMEDIATE_LIFETIME", r.env.IntermediateLifetime, "26280h"),
+		TLSMin:               r.duration("TLS_MIN_LIFETIME", r.env.TLSMin, "5m"),
+		TLSDefault:           r.duration("TLS_DEFAULT_LIFETIME", r.env.TLSDefault, "24h"),
+		TLSMax:               r.duration("TLS_MAX_LIFETIME", r.env.TLSMax, "720h"),
+	}
+	switch {
+	case strings.TrimSpace(ca.Name) != ca.Name || strings.ContainsFunc(ca.Name, unicode.IsControl) || !utf8.ValidString(ca.Name):
+		r.problem("PKI_NAME", "Internal CA", "has a control character, or white space around it")
+	case utf8.RuneCountInString(ca.Name) > maxPKIName:
+		r.problem("PKI_NAME", "Internal CA", "is longer than %d characters, so that the intermediate's common name would pass 64 (RFC 5280)", maxPKIName)
+	}
+	switch {
+	case ca.Domain == "":
+		r.problem("DOMAIN_CA", "ca.internal", "is missing")
+	case ca.Domain == "example.com" || strings.HasSuffix(ca.Domain, ".example.com"):
+		r.problem("DOMAIN_CA", "ca.internal", "is still a placeholder: %q", ca.Domain)
+	case !hostName(ca.Domain):
+		r.problem("DOMAIN_CA", "ca.internal", "is not a host name: %q", ca.Domain)
+	}
+	// localhost serves the health checks inside the containers, step-ca the other
+	// containers, 127.0.0.1 the operator on this machine.
+	names := append([]string{ca.Domain, "localhost", "127.0.0.1", "step-ca"}, items(r.env.DNSNames)...)
+	for _, name := range names {
+		name = strings.ToLower(name)
+		if _, err := netip.ParseAddr(name); err != nil && !hostName(name) && name != ca.Domain {
+			r.problem("PKI_DNS_NAMES", "ca.lan,192.0.2.10", "has an item that is neither a host name nor an address: %q", name)
+		}
+		if !slices.Contains(ca.Names, name) {
+			ca.Names = append(ca.Names, name)
+		}
+	}
+	r.order(
+		lifetime{"TLS_MIN_LIFETIME", ca.TLSMin, "5m"}, lifetime{"TLS_DEFAULT_LIFETIME", ca.TLSDefault, "24h"},
+		lifetime{"TLS_MAX_LIFETIME", ca.TLSMax, "720h"}, lifetime{"INTERMEDIATE_LIFETIME", ca.IntermediateLifetime, "26280h"},
+		lifetime{"ROOT_LIFETIME", ca.RootLifetime, "87600h"})
+	return ca
+}
+
+type lifetime struct {
+	setting string
+	value   time.Duration
+	example string
+}
+
+// order demands that no lifetime is longer than the next one. step-ca checks the
+// first three at its start, and nothing keeps a leaf from outliving its issuer
+// (smallstep/certificates#381).
+func (r *Reader) order(ls ...lifetime) {
+	for i := 1; i < len(ls); i++ {
+		shorter, longer := ls[i-1], ls[i]
+		if shorter.value > 0 && longer.value > 0 && shorter.value > longer.value {
+			r.problem(shorter.setting, shorter.example, "is longer than %s (%s > %s)", longer.setting, shorter.value, longer.value)
+		}
+	}
+}
+
+// Labels as in RFC 1123 section 2.1, with the underscore that Docker allows.
+var label = regexp.MustCompile(`^[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?$`)
+
+func hostName(s string) bool {
+	if len(s) > 253 || s == "" {
+		return false
+	}
+	if _, err := netip.ParseAddr(s); err == nil {
+		return false
+	}
+	for part := range strings.SplitSeq(s, ".") {
+		if !label.MatchString(part) {
+			return false
+		}
+	}
+	return true
+}
+
+// items splits a list at commas and white space.
+func items(s string) []string {
+	return strings.FieldsFunc(s, func(c rune) bool { return c == ',' || unicode.IsSpace(c) })
+}
