@@ -1,0 +1,703 @@
+package edge
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"log"
+	"math/big"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	caddycmd "github.com/caddyserver/caddy/v2/cmd"
+	_ "github.com/caddyserver/caddy/v2/modules/standard"
+	_ "github.com/mholt/caddy-l4"
+	"github.com/stretchr/testify/require"
+)
+
+// asCaddy makes the test binary be Caddy: the same main function and modules
+// that xcaddy links, in a process of its own, without a second build.
+const asCaddy = "EDGE_TEST_AS_CADDY"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asCaddy) != "" {
+		caddycmd.Main()
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// The clients' addresses. All of 127.0.0.0/8 is local on Linux, so a test
+// needs no privilege to come from different addresses.
+const (
+	insider   = "127.0.0.2"
+	outsider  = "127.0.0.3"
+	allowList = "remote_ip 127.0.0.2 192.0.2.0/24\n"
+)
+
+func TestCaddyfileIsValidOnlyWithAnAllowList(t *testing.T) {
+	for name, tc := range map[string]struct {
+		allow   string
+		problem string
+	}{
+		"addresses and networks": {allow: "remote_ip 10.0.0.0/8 192.0.2.7 2001:db8::/32\n"},
+		"no line break at the end of the file": {
+			allow: "remote_ip 10.0.0.0/8",
+		},
+		"an empty file":            {allow: "", problem: "the allow-list is empty"},
+		"a file with a blank line": {allow: "\n", problem: "the allow-list is empty"},
+		"a file with a comment":    {allow: "# remote_ip 10.0.0.0/8\n", problem: "the allow-list is empty"},
+		"a line without ranges":    {allow: "remote_ip\n", problem: "remote_ip without a range"},
+		"a second line":            {allow: "remote_ip 10.0.0.1\nremote_ip 10.0.0.2\n", problem: "a second remote_ip line"},
+		"another matcher":          {allow: "remote_ip 10.0.0.1\ntls\n", problem: `unexpected \"tls\" in the allow-list`},
+		"a block that opens":       {allow: "remote_ip 10.0.0.1 {\n", problem: "unexpected EOF"},
+		"a block that closes":      {allow: "remote_ip 10.0.0.1\n}\nroute {\n close\n", problem: "module not registered: layer4.matchers.route"},
+		"a host name":              {allow: "remote_ip ca.example.org\n", problem: "ca.example.org"},
+		"a prefix too long":        {allow: "remote_ip 10.0.0.0/33\n", problem: "10.0.0.0/33"},
+		"commas":                   {allow: "remote_ip 10.0.0.0/8,10.1.0.0/16\n", problem: "10.0.0.0/8,10.1.0.0/16"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			e := newEdge(t, "127.0.0.1:1", tc.allow)
+			out, err := e.caddy(t, "validate", "--config", e.caddyfile, "--adapter", "caddyfile")
+			if tc.problem == "" {
+				require.NoError(t, err, out)
+				return
+			}
+			require.Error(t, err, out)
+			require.Contains(t, out, tc.problem)
+		})
+	}
+
+	t.Run("no file", func(t *testing.T) {
+		t.Parallel()
+		e := newEdge(t, "127.0.0.1:1", allowList)
+		require.NoError(t, os.Remove(e.allowList))
+		out, err := e.caddy(t, "validate", "--config", e.caddyfile, "--adapter", "caddyfile")
+		require.Error(t, err, out)
+		require.Contains(t, out, "File to import not found")
+	})
+}
+
+func TestRunningEdgeKeepsItsAllowListWhenAReloadIsRefused(t *testing.T) {
+	ca := newAuthority(t)
+	up := ca.serve(t)
+	e := newEdge(t, up.addr, allowList)
+	e.run(t)
+
+	reload := func() (string, error) {
+		return e.caddy(t, "reload", "--config", e.caddyfile, "--adapter", "caddyfile", "--address", "unix/"+e.admin)
+	}
+	write := func(allow string) { require.NoError(t, os.WriteFile(e.allowList, []byte(allow), 0o600)) }
+
+	write("")
+	out, err := reload()
+	require.Error(t, err, out)
+	require.Equal(t, "client of the test", e.whoami(t, insider, ca), "the old list still admits")
+	e.requireRefused(t, outsider, nil)
+
+	write("remote_ip " + outsider + "\n")
+	out, err = reload()
+	require.NoError(t, err, out)
+	require.Equal(t, "client of the test", e.whoami(t, outsider, ca), "the new list admits")
+	e.requireRefused(t, insider, nil)
+}
+
+func TestOutsiderGetsNoByteAndALineInTheLog(t *testing.T) {
+	ca := newAuthority(t)
+	up := ca.serve(t)
+	e := newEdge(t, up.addr, allowList)
+	e.run(t)
+
+	hello := recordHello(t)
+	for name, tc := range map[string]struct {
+		from string
+		send []byte
+	}{
+		"silent":               {from: outsider},
+		"with a ClientHello":   {from: "127.0.0.4", send: hello},
+		"with a GET in plain":  {from: "127.0.0.5", send: []byte("GET /health HTTP/1.1\r\n\r\n")},
+		"with 64 KiB of noise": {from: "127.0.0.6", send: bytes.Repeat([]byte{0x16}, 1<<16)},
+		"over IPv6":            {from: "::1", send: hello},
+	} {
+		t.Run(name, func(t *testing.T) {
+			local := e.requireRefused(t, tc.from, tc.send)
+			e.waitForLog(t, `"decision":"denied","remote":"`+local+`"`)
+		})
+	}
+	require.Zero(t, up.accepted(), "step-ca must not even be dialled")
+}
+
+func TestClientThatIsNotTLSGetsNoByteAndALineInTheLog(t *testing.T) {
+	ca := newAuthority(t)
+	up := ca.serve(t)
+	e := newEdge(t, up.addr, allowList)
+	e.run(t)
+
+	local := e.requireRefused(t, insider, []byte("GET /health HTTP/1.1\r\n\r\n"))
+	e.waitForLog(t, `"decision":"not-tls","remote":"`+local+`"`)
+	require.Zero(t, up.accepted())
+}
+
+func TestAdmittedClientMayBeSlowWithItsClientHello(t *testing.T) {
+	ca := newAuthority(t)
+	up := ca.serve(t)
+	e := newEdge(t, up.addr, allowList)
+	e.run(t)
+
+	// In small pieces, so that neither route behind the allow-list may decide
+	// on the first one.
+	conn := e.dial(t, insider)
+	hello := recordHello(t)
+	for i, piece := range [][]byte{hello[:1], hello[1:5], hello[5:40], hello[40:]} {
+		if i > 0 {
+			time.Sleep(50 * time.Millisecond)
+		}
+		_, err := conn.Write(piece)
+		require.NoError(t, err)
+	}
+	require.NoError(t, conn.SetReadDeadline(time.Now().Add(5*time.Second)))
+	answer := make([]byte, 1)
+	_, err := io.ReadFull(conn, answer)
+	require.NoError(t, err)
+	require.Equal(t, byte(0x16), answer[0], "the first byte of a ServerHello")
+}
+
+func TestAdmittedClientHasMutualTLSWithTheCA(t *testing.T) {
+	ca := newAuthority(t)
+	up := ca.serve(t)
+	e := newEdge(t, up.addr, allowList)
+	e.run(t)
+	require.Equal(t, "client of the test", e.whoami(t, insider, ca))
+	require.NotContains(t, e.log(), insider+":", "only refusals are logged")
+}
+
+func TestHalfCloseReachesTheOtherSide(t *testing.T) {
+	ca := newAuthority(t)
+	ln := tls.NewListener(listen(t), ca.serverConfig(t))
+	go func() { // answers only once the client has finished sending
+		conn, err := ln.Accept()
+		if err != nil {
+			return
+		}
+		defer func() { _ = conn.Close() }()
+		all, err := io.ReadAll(conn)
+		if err == nil {
+			_, _ = fmt.Fprintf(conn, "got %d bytes", len(all))
+		}
+	}()
+	e := newEdge(t, ln.Addr().String(), allowList)
+	e.run(t)
+
+	raw := e.dial(t, insider)
+	conn := tls.Client(raw, ca.clientConfig(t))
+	_, err := conn.Write(bytes.Repeat([]byte("x"), 100_000))
+	require.NoError(t, err)
+	require.NoError(t, conn.CloseWrite())
+	require.NoError(t, raw.CloseWrite())
+	require.NoError(t, conn.SetReadDeadline(time.Now().Add(5*time.Second)))
+	answer, err := io.ReadAll(conn)
+	require.NoError(t, err)
+	require.Equal(t, "got 100000 bytes", string(answer))
+}
+
+func TestEdgeBridgesARestartOfTheCA(t *testing.T) {
+	ca := newAuthority(t)
+	addr := "127.0.0.1:" + freePort(t)
+	e := newEdge(t, addr, allowList)
+	e.run(t)
+
+	server := ca.server(t, stepCA())
+	server.Addr = addr
+	time.AfterFunc(time.Second, func() { _ = server.ListenAndServeTLS("", "") })
+	require.Equal(t, "client of the test", e.whoami(t, insider, ca))
+}
+
+func TestHealthcheck(t *testing.T) {
+	ca, other := newAuthority(t), newAuthority(t)
+	up := ca.serve(t)
+	root, otherRoot := ca.rootFile(t), other.rootFile(t)
+	healthy := newEdge(t, up.addr, allowList)
+	healthy.run(t)
+	loopbackAdmitted := newEdge(t, up.addr, "remote_ip 127.0.0.0/8\n")
+	loopbackAdmitted.run(t)
+	caDown := newEdge(t, "127.0.0.1:"+freePort(t), "remote_ip 127.0.0.0/8\n")
+	caDown.run(t)
+	deaf := deafListener(t)
+	notOK := ca.serveHTTP(t, http.NotFoundHandler())
+
+	notPEM := filepath.Join(t.TempDir(), "root_ca.crt")
+	require.NoError(t, os.WriteFile(notPEM, []byte("nothing\n"), 0o600))
+	absent := filepath.Join(t.TempDir(), "root_ca.crt")
+	free := "127.0.0.1:" + freePort(t)
+
+	for name, tc := range map[string]struct {
+		args []string
+		want string // all that it prints, with * for what the kernel may word in two ways; nothing when healthy
+	}{
+		"all is well": {
+			args: []string{"--edge", healthy.edge, "--probe", healthy.probe, "--root", root},
+		},
+		"all is well and the list admits loopback": {
+			args: []string{"--edge", loopbackAdmitted.edge, "--probe", loopbackAdmitted.probe, "--root", root},
+		},
+		"the CA is down": {
+			args: []string{"--edge", caDown.edge, "--probe", caDown.probe, "--root", root},
+			want: "caddy healthcheck: error: reaching step-ca through " + caDown.probe + `: *` + "\n" +
+				"caddy healthcheck: hint: step-ca is down or out of reach; see its log with: docker compose logs step-ca\n",
+		},
+		"the CA hangs": {
+			args: []string{"--edge", healthy.edge, "--probe", deaf, "--root", root, "--timeout", "300ms"},
+			want: "caddy healthcheck: error: reaching step-ca through " + deaf + `: context deadline exceeded` + "\n" +
+				"caddy healthcheck: hint: step-ca hangs, or the edge no longer accepts; see step-ca's log, then restart caddy\n",
+		},
+		"the CA is not ok": {
+			args: []string{"--edge", healthy.edge, "--probe", notOK.addr, "--root", root},
+			want: "caddy healthcheck: error: reaching step-ca through " + notOK.addr + `: /health answered "404 Not Found"` + "\n" +
+				"caddy healthcheck: hint: see step-ca's log with: docker compose logs step-ca\n",
+		},
+		"the root is that of another CA": {
+			args: []string{"--edge", healthy.edge, "--probe", healthy.probe, "--root", otherRoot},
+			want: "caddy healthcheck: error: reaching step-ca through " + healthy.probe + `: tls: failed to verify certificate: x509: certificate signed by unknown authority` + "\n" +
+				"caddy healthcheck: hint: the root certificate does not vouch for what step-ca presents; see: docker compose logs trust-export step-ca\n",
+		},
+		"the certificate has another name": {
+			args: []string{"--edge", healthy.edge, "--probe", healthy.probe, "--root", root, "--server-name", "ca.example.org"},
+			want: "caddy healthcheck: error: reaching step-ca through " + healthy.probe + `: tls: failed to verify certificate: x509: certificate is valid for localhost, not ca.example.org` + "\n" +
+				"caddy healthcheck: hint: the root certificate does not vouch for what step-ca presents; see: docker compose logs trust-export step-ca\n",
+		},
+		"the root is missing": {
+			args: []string{"--edge", healthy.edge, "--probe", healthy.probe, "--root", absent},
+			want: "caddy healthcheck: error: reading root certificate: open " + absent + ": no such file or directory\n" +
+				"caddy healthcheck: hint: trust-export writes this file; see its log with: docker compose logs trust-export\n",
+		},
+		"the root is no certificate": {
+			args: []string{"--edge", healthy.edge, "--probe", healthy.probe, "--root", notPEM},
+			want: "caddy healthcheck: error: reading root certificate: no certificate in " + strconv.Quote(notPEM) + "\n" +
+				"caddy healthcheck: hint: trust-export writes this file; see its log with: docker compose logs trust-export\n",
+		},
+		"the accept loop of the edge is dead": {
+			args: []string{"--edge", deaf, "--probe", healthy.probe, "--root", root, "--timeout", "1s"},
+			want: "caddy healthcheck: error: waiting for an answer from the edge at " + deaf + ": context deadline exceeded\n" +
+				"caddy healthcheck: hint: the edge accepts connections and serves none, which only a restart of caddy cures; raise its nofile limit\n",
+		},
+		"nothing listens at the probe": {
+			args: []string{"--edge", healthy.edge, "--probe", free, "--root", root},
+			want: "caddy healthcheck: error: reaching step-ca through " + free + ": dial tcp " + free + ": connect: connection refused\n" +
+				"caddy healthcheck: hint: nothing listens there; see caddy's log with: docker compose logs caddy\n",
+		},
+		"the edge does not listen": {
+			args: []string{"--edge", free, "--probe", healthy.probe, "--root", root},
+			want: "caddy healthcheck: error: connecting to the edge: dial tcp " + free + ": connect: connection refused\n" +
+				"caddy healthcheck: hint: nothing listens there; see caddy's log with: docker compose logs caddy\n",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			out, err := healthy.caddy(t, append([]string{"healthcheck"}, tc.args...)...)
+			before, after, _ := strings.Cut(tc.want, "*")
+			require.True(t, strings.HasPrefix(out, before) && strings.HasSuffix(out, after), "want %q\ngot %q", tc.want, out)
+			if before == tc.want {
+				require.Equal(t, tc.want, out)
+			}
+			if tc.want == "" {
+				require.NoError(t, err)
+				return
+			}
+			require.Error(t, err)
+			exit := new(exec.ExitError)
+			require.ErrorAs(t, err, &exit)
+			require.Equal(t, 1, exit.ExitCode(), "Docker reserves 2")
+		})
+	}
+
+	t.Run("it leaves no line in the log", func(t *testing.T) {
+		require.NotContains(t, healthy.log(), "denied")
+	})
+
+	t.Run("its help has an example", func(t *testing.T) {
+		out, err := healthy.caddy(t, "healthcheck", "--help")
+		require.NoError(t, err)
+		require.Contains(t, out, "Examples:\n  caddy healthcheck --root /trust/root_ca.crt")
+	})
+}
+
+// TestHealthcheckSeesAnEdgeWithoutDescriptors provokes the real thing that the
+// deaf listener above stands for.
+func TestHealthcheckSeesAnEdgeWithoutDescriptors(t *testing.T) {
+	ca := newAuthority(t)
+	up := ca.serve(t)
+	e := newEdge(t, up.addr, allowList)
+	ctx := context.WithoutCancel(t.Context())
+	cmd := e.command(ctx, "run", "--config", e.caddyfile, "--adapter", "caddyfile")
+	shell := exec.CommandContext(ctx, "sh", append([]string{"-c", `ulimit -n 48 && exec "$0" "$@"`}, cmd.Args...)...)
+	shell.Env = cmd.Env
+	e.start(t, shell)
+
+	for range 60 { // each is held while the edge waits for its ClientHello
+		e.dial(t, insider)
+	}
+	time.Sleep(4 * time.Second) // past matching_timeout: all of them are over
+
+	out, err := e.caddy(t, "healthcheck", "--edge", e.edge, "--probe", e.probe, "--root", ca.rootFile(t), "--timeout", "1s")
+	require.Error(t, err)
+	require.Contains(t, out, "waiting for an answer from the edge", "descriptors are free again, the accept loop has not come back")
+}
+
+// TestStockNegationAdmitsEverybody is the reason for edge_outside. Once it
+// fails, caddy-l4 has learned to refuse an empty matcher set.
+func TestStockNegationAdmitsEverybody(t *testing.T) {
+	ca := newAuthority(t)
+	up := ca.serve(t)
+	e := newEdge(t, up.addr, "")
+	config, err := os.ReadFile(e.caddyfile)
+	require.NoError(t, err)
+	config = bytes.ReplaceAll(config, []byte("edge_outside {"), []byte("not {"))
+	require.NoError(t, os.WriteFile(e.caddyfile, config, 0o600))
+	e.run(t)
+	require.Equal(t, "client of the test", e.whoami(t, outsider, ca))
+}
+
+// edge is one Caddy with the shipped Caddyfile.
+type edge struct {
+	caddyfile, allowList, admin string // paths
+	edge, probe                 string // addresses as seen from 127.0.0.1
+	port                        string
+	stderr                      lockedBuffer
+}
+
+// newEdge copies the shipped Caddyfile, with the paths, ports and the upstream
+// of the container replaced by ones that a test may use.
+func newEdge(t *testing.T, upstream, allow string) *edge {
+	t.Helper()
+	dir := t.TempDir()
+	e := &edge{
+		caddyfile: filepath.Join(dir, "Caddyfile"),
+		allowList: filepath.Join(dir, "allow.caddy"),
+		admin:     filepath.Join(dir, "admin.sock"),
+		port:      freePort(t),
+	}
+	e.edge, e.probe = "127.0.0.1:"+e.port, "127.0.0.1:"+freePort(t)
+
+	shipped, err := os.ReadFile(filepath.Join("..", "Caddyfile"))
+	require.NoError(t, err)
+	config := string(shipped)
+	for _, r := range []struct {
+		old, with string
+		times     int
+	}{
+		{"/etc/caddy/allow/allow.caddy", e.allowList, 2},
+		{"/run/edge/admin.sock", e.admin, 1},
+		{"\t:9000 {", "\t:" + e.port + " {", 1},
+		{"127.0.0.1:9001 {", e.probe + " {", 1},
+		{"upstream step-ca:9000", "upstream " + upstream, 2},
+	} {
+		require.Equal(t, r.times, strings.Count(config, r.old), "%q in the shipped Caddyfile", r.old)
+		config = strings.ReplaceAll(config, r.old, r.with)
+	}
+	require.NoError(t, os.WriteFile(e.caddyfile, []byte(config), 0o600))
+	require.NoError(t, os.WriteFile(e.allowList, []byte(allow), 0o600))
+	return e
+}
+
+func (e *edge) command(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, os.Args[0], args...) //nolint:gosec // G702: the test's own binary
+	home := filepath.Dir(e.caddyfile)
+	cmd.Env = append(os.Environ(), asCaddy+"=1", "HOME="+home, "XDG_CONFIG_HOME="+home, "XDG_DATA_HOME="+home)
+	return cmd
+}
+
+// caddy runs a subcommand to its end and returns all that it printed.
+func (e *edge) caddy(t *testing.T, args ...string) (string, error) {
+	t.Helper()
+	out, err := e.command(t.Context(), args...).CombinedOutput()
+	return string(out), err
+}
+
+// run starts the edge and waits until it listens.
+func (e *edge) run(t *testing.T) {
+	t.Helper()
+	// Not t.Context: it would kill the process before the cleanup can end it.
+	e.start(t, e.command(context.WithoutCancel(t.Context()), "run", "--config", e.caddyfile, "--adapter", "caddyfile"))
+}
+
+func (e *edge) start(t *testing.T, cmd *exec.Cmd) {
+	t.Helper()
+	cmd.Stderr = &e.stderr
+	require.NoError(t, cmd.Start())
+	t.Cleanup(func() {
+		_ = cmd.Process.Signal(syscall.SIGTERM)
+		_ = cmd.Wait()
+		if t.Failed() {
+			t.Logf("caddy's log:\n%s", e.log())
+		}
+	})
+	e.waitForLog(t, `"msg":"serving initial configuration"`)
+}
+
+func (e *edge) log() string { return e.stderr.String() }
+
+func (e *edge) waitForLog(t *testing.T, want string) {
+	t.Helper()
+	require.Eventually(t, func() bool { return strings.Contains(e.log(), want) }, 10*time.Second, 10*time.Millisecond,
+		"waiting for %s in the log", want)
+}
+
+// dial connects from a given source address.
+func (e *edge) dial(t *testing.T, from string) *net.TCPConn {
+	t.Helper()
+	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}, Timeout: 5 * time.Second}
+	host := "127.0.0.1"
+	if strings.Contains(from, ":") {
+		host = "::1"
+	}
+	conn, err := dialer.DialContext(t.Context(), "tcp", net.JoinHostPort(host, e.port))
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn.(*net.TCPConn)
+}
+
+// requireRefused connects, sends, and wants the connection closed without a
+// byte. It returns the source address and port.
+func (e *edge) requireRefused(t *testing.T, from string, send []byte) string {
+	t.Helper()
+	conn := e.dial(t, from)
+	start := time.Now()
+	_, _ = conn.Write(send) // may meet the closed connection
+	require.NoError(t, conn.SetReadDeadline(start.Add(5*time.Second)))
+	got, err := io.ReadAll(conn)
+	require.Empty(t, got)
+	if err != nil { // unread data at close makes the kernel reset
+		require.ErrorIs(t, err, syscall.ECONNRESET)
+	}
+	require.Less(t, time.Since(start), 2*time.Second, "closed at once and not after matching_timeout")
+	return conn.LocalAddr().String()
+}
+
+// whoami asks the CA through the edge whose client certificate it sees, and
+// wants the CA's own certificate in return.
+func (e *edge) whoami(t *testing.T, from string, ca *authority) string {
+	t.Helper()
+	conn := tls.Client(e.dial(t, from), ca.clientConfig(t))
+	require.NoError(t, conn.SetDeadline(time.Now().Add(8*time.Second)))
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "https://localhost/whoami", http.NoBody)
+	require.NoError(t, err)
+	client := http.Client{Transport: &http.Transport{
+		DialTLSContext:    func(context.Context, string, string) (net.Conn, error) { return conn, nil },
+		DisableKeepAlives: true,
+	}}
+	resp, err := client.Do(req)
+	require.NoError(t, err)
+	defer func() { _ = resp.Body.Close() }()
+	body, err := io.ReadAll(resp.Body)
+	require.NoError(t, err)
+	require.Equal(t, uint16(tls.VersionTLS13), conn.ConnectionState().Version)
+	return string(body)
+}
+
+// authority is a CA in step-ca's place: its own root, one server certificate
+// for localhost, one client certificate.
+type authority struct {
+	key  *ecdsa.PrivateKey
+	cert *x509.Certificate
+}
+
+func newAuthority(t *testing.T) *authority {
+	t.Helper()
+	key := newKey(t)
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: rand.Text()},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	require.NoError(t, err)
+	cert, err := x509.ParseCertificate(der)
+	require.NoError(t, err)
+	return &authority{key: key, cert: cert}
+}
+
+func newKey(t *testing.T) *ecdsa.PrivateKey {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	require.NoError(t, err)
+	return key
+}
+
+func (ca *authority) issue(t *testing.T, name string, usage x509.ExtKeyUsage) tls.Certificate {
+	t.Helper()
+	key := newKey(t)
+	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
+		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: name}, DNSNames: []string{"localhost"},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		ExtKeyUsage: []x509.ExtKeyUsage{usage},
+	}, ca.cert, key.Public(), ca.key)
+	require.NoError(t, err)
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+}
+
+func (ca *authority) pool() *x509.CertPool {
+	pool := x509.NewCertPool()
+	pool.AddCert(ca.cert)
+	return pool
+}
+
+// serverConfig asks for a client certificate without insisting, as step-ca does.
+func (ca *authority) serverConfig(t *testing.T) *tls.Config {
+	t.Helper()
+	return &tls.Config{
+		Certificates: []tls.Certificate{ca.issue(t, "step-ca", x509.ExtKeyUsageServerAuth)},
+		ClientAuth:   tls.VerifyClientCertIfGiven, ClientCAs: ca.pool(), MinVersion: tls.VersionTLS12,
+	}
+}
+
+func (ca *authority) clientConfig(t *testing.T) *tls.Config {
+	t.Helper()
+	return &tls.Config{
+		Certificates: []tls.Certificate{ca.issue(t, "client of the test", x509.ExtKeyUsageClientAuth)},
+		RootCAs:      ca.pool(), ServerName: "localhost", MinVersion: tls.VersionTLS12,
+	}
+}
+
+func (ca *authority) rootFile(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "root_ca.crt")
+	require.NoError(t, os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.cert.Raw}), 0o600))
+	return path
+}
+
+// upstream is a running stand-in for step-ca.
+type upstream struct {
+	addr     string
+	accepted func() int
+}
+
+func (ca *authority) serve(t *testing.T) *upstream {
+	t.Helper()
+	return ca.serveHTTP(t, stepCA())
+}
+
+// stepCA answers /health as step-ca does, and /whoami with the name in the
+// client's certificate.
+func stepCA() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = io.WriteString(w, `{"status":"ok"}`)
+	})
+	mux.HandleFunc("GET /whoami", func(w http.ResponseWriter, r *http.Request) {
+		if len(r.TLS.PeerCertificates) > 0 {
+			_, _ = io.WriteString(w, r.TLS.PeerCertificates[0].Subject.CommonName) //nolint:gosec // G705: no browser reads this
+		}
+	})
+	return mux
+}
+
+func (ca *authority) serveHTTP(t *testing.T, handler http.Handler) *upstream {
+	t.Helper()
+	ln := &countingListener{Listener: listen(t)}
+	server := ca.server(t, handler)
+	go func() { _ = server.ServeTLS(ln, "", "") }()
+	return &upstream{addr: ln.Addr().String(), accepted: ln.count}
+}
+
+func (ca *authority) server(t *testing.T, handler http.Handler) *http.Server {
+	t.Helper()
+	server := &http.Server{
+		Handler: handler, TLSConfig: ca.serverConfig(t), ReadHeaderTimeout: 5 * time.Second,
+		ErrorLog: log.New(io.Discard, "", 0), // handshakes that a test fails on purpose
+	}
+	t.Cleanup(func() { _ = server.Close() })
+	return server
+}
+
+type countingListener struct {
+	net.Listener
+	mu sync.Mutex
+	n  int
+}
+
+func (l *countingListener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err == nil {
+		l.mu.Lock()
+		l.n++
+		l.mu.Unlock()
+	}
+	return conn, err
+}
+
+func (l *countingListener) count() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.n
+}
+
+// deafListener is what a dead accept loop looks like from outside: the kernel
+// completes the connection and nobody ever answers.
+func deafListener(t *testing.T) string {
+	t.Helper()
+	return listen(t).Addr().String()
+}
+
+func listen(t *testing.T) net.Listener {
+	t.Helper()
+	ln, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = ln.Close() })
+	return ln
+}
+
+func freePort(t *testing.T) string {
+	t.Helper()
+	ln := listen(t)
+	defer func() { _ = ln.Close() }()
+	return strconv.Itoa(ln.Addr().(*net.TCPAddr).Port)
+}
+
+// recordHello returns the ClientHello of Go's own client.
+func recordHello(t *testing.T) []byte {
+	t.Helper()
+	client, server := net.Pipe()
+	go func() {
+		_ = tls.Client(client, &tls.Config{ServerName: "localhost", MinVersion: tls.VersionTLS12}).HandshakeContext(t.Context())
+	}()
+	defer func() { _ = server.Close() }()
+	record := make([]byte, 16<<10)
+	n, err := server.Read(record)
+	require.NoError(t, err)
+	return record[:n]
+}
+
+type lockedBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
+}
