@@ -1,0 +1,137 @@
+package main
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"errors"
+	"flag"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/infra-pki/infra-pki/tools/internal/config"
+	"github.com/infra-pki/infra-pki/tools/internal/oneshot"
+	"github.com/infra-pki/infra-pki/tools/internal/stepca"
+	"github.com/infra-pki/infra-pki/tools/internal/trustbundle"
+)
+
+var probe = command{
+	summary: "prove the CA from outside: get a certificate and renew it",
+	usage: `usage: pkictl probe [flags]
+
+Gets a short-lived certificate from the CA with a one-time token, verifies its chain,
+name, key and purposes, renews it over mTLS and verifies that one too. Prints one line
+about the first certificate; "seconds" is what all of it took.
+
+  --ca-url URL        address of the CA (default https://127.0.0.1:9000)
+  --root FILE         the root to trust, PEM (default /trust/root_ca.crt)
+  --provisioner NAME  a JWK provisioner (default admin)
+  --lifetime LENGTH   of the certificate (default 5m)
+
+The provisioner's password comes from the file that PROVISIONER_PASSWORD_FILE names,
+or from PROVISIONER_PASSWORD.
+
+Examples:
+  PROVISIONER_PASSWORD_FILE=/run/secrets/provisioner_password pkictl probe
+  pkictl probe --ca-url https://ca.internal:9000 --root ./trust/root_ca.crt
+`,
+	setup: func(fs *flag.FlagSet) work {
+		var p prober
+		fs.StringVar(&p.url, "ca-url", "https://127.0.0.1:9000", "")
+		fs.StringVar(&p.root, "root", "/trust/root_ca.crt", "")
+		fs.StringVar(&p.provisioner, "provisioner", "admin", "")
+		fs.DurationVar(&p.lifetime, "lifetime", 5*time.Minute, "")
+		return p.run
+	},
+}
+
+type prober struct {
+	url, root, provisioner string
+	lifetime               time.Duration
+}
+
+func (p *prober) run(ctx context.Context, log *slog.Logger) error {
+	began := time.Now()
+	settings := config.NewReader()
+	password := settings.ProvisionerPassword()
+	if err := settings.Err(); err != nil {
+		return err
+	}
+	bundle, err := trustbundle.Read(p.root, began)
+	if err != nil {
+		return oneshot.WithHint(err, "trust-export publishes the root as root_ca.crt")
+	}
+	for _, root := range bundle.Roots() {
+		log.LogAttrs(ctx, slog.LevelInfo, "trusting", slog.String("root", trustbundle.Fingerprint(root)))
+	}
+	client, err := stepca.New(p.url, bundle.Roots()...)
+	if err != nil {
+		return oneshot.Usage(err)
+	}
+	cert, err := p.certificate(ctx, client, password, log)
+	if err != nil {
+		return p.explain(err)
+	}
+	fmt.Printf("certificate serial=%s issuer=%q seconds=%.3f\n",
+		cert.Leaf().SerialNumber, cert.Leaf().Issuer.CommonName, time.Since(began).Seconds())
+	return nil
+}
+
+// certificate gets one, renews it, and returns the first.
+func (p *prober) certificate(ctx context.Context, client *stepca.Client, password config.Secret, log *slog.Logger) (*stepca.Certificate, error) {
+	if err := client.Health(ctx); err != nil {
+		return nil, err
+	}
+	jwk, err := client.JWK(ctx, p.provisioner, password.Reveal())
+	if err != nil {
+		return nil, err
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, fmt.Errorf("making a key: %w", err)
+	}
+	name := "probe." + strings.ToLower(rand.Text()) + ".internal"
+	first, err := client.Issue(ctx, jwk, name, p.lifetime, key)
+	if err != nil {
+		return nil, err
+	}
+	log.LogAttrs(ctx, slog.LevelInfo, "issued", slog.String("name", name), slog.String("serial", first.Leaf().SerialNumber.String()))
+	second, err := client.Renew(ctx, first)
+	if err != nil {
+		return nil, err
+	}
+	log.LogAttrs(ctx, slog.LevelInfo, "renewed", slog.String("name", name), slog.String("serial", second.Leaf().SerialNumber.String()))
+	return first, nil
+}
+
+// explain adds the way out to what can go wrong.
+func (p *prober) explain(err error) error {
+	var (
+		name   x509.HostnameError
+		status *stepca.StatusError
+	)
+	switch {
+	case errors.Is(err, stepca.ErrClosed):
+		return oneshot.WithHint(err, `the edge closes connections from addresses that ALLOWED_IPS does not have; `+
+			`from this host and its containers it sees the gateway of EDGE_SUBNET (its first address), from elsewhere the client's own; `+
+			`"docker compose logs caddy" shows the address that it refused`)
+	case errors.Is(err, stepca.ErrUnreachable):
+		return oneshot.WithHint(err, `"docker compose ps" tells whether caddy and step-ca run; CA_PORT is the port that is published`)
+	case errors.As(err, &name):
+		return oneshot.WithHint(err, "the host in --ca-url must be one of PKI_DNS_NAMES, or DOMAIN_CA")
+	case errors.Is(err, stepca.ErrUntrusted):
+		return oneshot.WithHint(err, "%q is not the root of the CA at %q, or something stands between", p.root, p.url)
+	case errors.Is(err, stepca.ErrPassword):
+		return oneshot.WithHint(err, "PROVISIONER_PASSWORD must be the password that the provisioner's key was made with")
+	case errors.Is(err, stepca.ErrNoProvisioner):
+		return oneshot.WithHint(err, `the CA lists its provisioners at %s/provisioners`, p.url)
+	case errors.As(err, &status) && status.Code >= http.StatusInternalServerError:
+		return oneshot.WithHint(err, `the CA runs and cannot do its work, for want of its database as a rule: "docker compose logs step-ca"`)
+	}
+	return err
+}

@@ -1,0 +1,223 @@
+package stepca
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"encoding/pem"
+	"errors"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/crypto/ssh"
+
+	"github.com/infra-pki/infra-pki/tools/internal/stepca/stepcatest"
+)
+
+func TestMain(m *testing.M) {
+	log.SetOutput(io.Discard) // step-ca's own words
+	os.Exit(m.Run())
+}
+
+func TestRealCA(t *testing.T) {
+	other, err := stepcatest.New(t.TempDir(), stepcatest.Options{})
+	require.NoError(t, err)
+	ca := start(t, stepcatest.Options{SSH: true})
+	c, err := New(ca.URL, ca.Root)
+	require.NoError(t, err)
+
+	t.Run("it is healthy", func(t *testing.T) {
+		require.NoError(t, c.Health(t.Context()))
+	})
+	t.Run("it serves its root", func(t *testing.T) {
+		data, err := c.RootsPEM(t.Context())
+		require.NoError(t, err)
+		block, rest := pem.Decode(data)
+		require.Empty(t, rest)
+		require.Equal(t, ca.Root.Raw, block.Bytes)
+	})
+	t.Run("it serves its SSH CA keys", func(t *testing.T) {
+		keys, err := c.SSHRoots(t.Context())
+		require.NoError(t, err)
+		require.Len(t, keys.Host, 1)
+		require.Len(t, keys.User, 1)
+		want, err := os.ReadFile(filepath.Join(ca.Certs, "ssh_host_ca_key.pub"))
+		require.NoError(t, err)
+		require.Equal(t, string(want), string(ssh.MarshalAuthorizedKey(keys.Host[0])))
+	})
+	t.Run("another root does not verify it", func(t *testing.T) {
+		stranger, err := New(ca.URL, other.Root)
+		require.NoError(t, err)
+		require.ErrorIs(t, stranger.Health(t.Context()), ErrUntrusted)
+	})
+	t.Run("a wrong password does not open the provisioner's key", func(t *testing.T) {
+		_, err := c.JWK(t.Context(), stepcatest.Provisioner, "wrong")
+		require.ErrorIs(t, err, ErrPassword)
+		require.EqualError(t, err, `opening the key of provisioner "admin": wrong password`)
+	})
+	t.Run("an unknown provisioner is named", func(t *testing.T) {
+		_, err := c.JWK(t.Context(), "nobody", stepcatest.Password)
+		require.ErrorIs(t, err, ErrNoProvisioner)
+	})
+	t.Run("it issues and renews", func(t *testing.T) {
+		jwk, err := c.JWK(t.Context(), stepcatest.Provisioner, stepcatest.Password)
+		require.NoError(t, err)
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		require.NoError(t, err)
+		first, err := c.Issue(t.Context(), jwk, "host.internal", 5*time.Minute, key)
+		require.NoError(t, err)
+		require.Equal(t, []string{"host.internal"}, first.Leaf().DNSNames)
+		require.WithinDuration(t, time.Now().Add(5*time.Minute), first.Leaf().NotAfter, time.Minute)
+		second, err := c.Renew(t.Context(), first)
+		require.NoError(t, err)
+		require.NotEqual(t, first.Leaf().SerialNumber, second.Leaf().SerialNumber)
+
+		t.Run("and refuses a lifetime beyond its claims", func(t *testing.T) {
+			_, err := c.Issue(t.Context(), jwk, "host.internal", 1000*time.Hour, key)
+			var status *StatusError
+			require.ErrorAs(t, err, &status)
+			require.Equal(t, http.StatusForbidden, status.Code)
+			require.Contains(t, status.Message, "more than the authorized maximum certificate duration")
+		})
+		t.Run("and a certificate is verified against name, key and roots", func(t *testing.T) {
+			require.ErrorContains(t, c.verify(first, "other.internal"), "not other.internal")
+			stolen := &Certificate{Chain: first.Chain, key: func() *ecdsa.PrivateKey {
+				k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+				require.NoError(t, err)
+				return k
+			}()}
+			require.EqualError(t, c.verify(stolen, "host.internal"), "it is for another key")
+			stranger, err := New(ca.URL, other.Root)
+			require.NoError(t, err)
+			require.ErrorContains(t, stranger.verify(first, "host.internal"), "unknown authority")
+			require.EqualError(t, c.verify(&Certificate{key: key}, "host.internal"), "there is none in the answer")
+		})
+	})
+}
+
+func TestNoSSHCAHasNoKeys(t *testing.T) {
+	ca := start(t, stepcatest.Options{})
+	c, err := New(ca.URL, ca.Root)
+	require.NoError(t, err)
+	keys, err := c.SSHRoots(t.Context())
+	require.NoError(t, err)
+	require.Equal(t, SSHKeys{}, keys)
+}
+
+func TestAddress(t *testing.T) {
+	for _, bad := range []string{
+		"", "step-ca:9000", "http://step-ca:9000", "https://", "https://ca/acme", "https://u:p@ca", "https://ca?x=1", "https://ca#x", "https://ca:x",
+	} {
+		_, err := New(bad)
+		require.Error(t, err, bad)
+	}
+	c, err := New("https://ca.internal:9000/")
+	require.NoError(t, err)
+	require.Equal(t, "https://ca.internal:9000", c.base)
+}
+
+func TestFailures(t *testing.T) {
+	refused := listen(t)
+	require.NoError(t, refused.Close())
+	plain := httptest.NewServer(http.NotFoundHandler())
+	t.Cleanup(plain.Close)
+	tests := map[string]struct {
+		url  string
+		want error
+	}{
+		"nobody listens":                          {"https://" + refused.Addr().String(), ErrUnreachable},
+		"the name does not exist":                 {"https://no-such-host.invalid:9000", ErrUnreachable},
+		"the connection is closed at once":        {"https://" + closer(t, false), ErrClosed},
+		"the connection is reset after the hello": {"https://" + closer(t, true), ErrClosed},
+		"what answers is not TLS":                 {"https" + strings.TrimPrefix(plain.URL, "http"), ErrUntrusted},
+	}
+	for name, tc := range tests {
+		t.Run(name, func(t *testing.T) {
+			c, err := New(tc.url)
+			require.NoError(t, err)
+			err = c.Health(t.Context())
+			require.ErrorIs(t, err, tc.want)
+			require.True(t, strings.HasPrefix(err.Error(), `asking "`+tc.url+`/health": `), err.Error())
+		})
+	}
+}
+
+func TestAnswersAreBounded(t *testing.T) {
+	tests := map[string]struct {
+		answer http.HandlerFunc
+		want   string
+	}{
+		"a body without end": {func(w http.ResponseWriter, _ *http.Request) {
+			_, _ = w.Write(make([]byte, maxBody+1)) // the client hangs up
+		}, "the answer is larger than 1048576 bytes"},
+		"a redirect": {func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "https://elsewhere.invalid", http.StatusFound)
+		}, "status 302"},
+		"step-ca's own words": {func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusUnauthorized)
+			_, _ = io.WriteString(w, `{"status":401,"message":"no \u001b[31mway"}`) // httptest
+		}, `status 401, "no \x1b[31mway"`},
+		"something that is not JSON": {func(w http.ResponseWriter, _ *http.Request) {
+			_, _ = io.WriteString(w, "<html>") // httptest
+		}, "reading the answer: invalid character '<' looking for beginning of value"},
+		"another state than ok": {func(w http.ResponseWriter, _ *http.Request) {
+			_, _ = io.WriteString(w, `{"status":"ill"}`) // httptest
+		}, `the CA says that it is "ill"`},
+	}
+	for name, tc := range tests {
+		t.Run(name, func(t *testing.T) {
+			srv := httptest.NewTLSServer(tc.answer)
+			t.Cleanup(srv.Close)
+			c, err := New(srv.URL, srv.Certificate())
+			require.NoError(t, err)
+			err = c.Health(t.Context())
+			require.ErrorContains(t, err, tc.want)
+			require.False(t, errors.Is(err, ErrUnreachable) || errors.Is(err, ErrClosed))
+		})
+	}
+}
+
+func start(t *testing.T, o stepcatest.Options) *stepcatest.CA {
+	t.Helper()
+	ca, err := stepcatest.New(t.TempDir(), o)
+	require.NoError(t, err)
+	require.NoError(t, ca.Start())
+	t.Cleanup(func() { require.NoError(t, ca.Stop()) })
+	return ca
+}
+
+func listen(t *testing.T) net.Listener {
+	t.Helper()
+	l, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	require.NoError(t, err)
+	return l
+}
+
+// closer accepts connections and ends each one, as an edge does with strangers.
+func closer(t *testing.T, afterHello bool) string {
+	t.Helper()
+	l := listen(t)
+	t.Cleanup(func() { require.NoError(t, l.Close()) })
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			if afterHello {
+				_, _ = conn.Read(make([]byte, 16)) // the rest stays unread, so closing resets
+			}
+			_ = conn.Close() // nothing to do about it
+		}
+	}()
+	return l.Addr().String()
+}

@@ -1,0 +1,203 @@
+package stepca
+
+import (
+	"context"
+	"crypto"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"time"
+
+	"go.step.sm/crypto/jose"
+)
+
+// JWK is a provisioner whose private key the CA hands out in encrypted form.
+type JWK struct {
+	name string
+	key  *jose.JSONWebKey
+}
+
+var (
+	// ErrNoProvisioner: the CA has no JWK provisioner of that name.
+	ErrNoProvisioner = errors.New("the CA has no such JWK provisioner")
+	// ErrPassword: the password does not open the provisioner's key.
+	ErrPassword = errors.New("wrong password")
+)
+
+const (
+	maxPages      = 50 // of 100 provisioners each
+	tokenLifetime = 5 * time.Minute
+)
+
+// JWK finds a JWK provisioner by name and opens its key.
+func (c *Client) JWK(ctx context.Context, name, password string) (*JWK, error) {
+	encrypted, err := c.encryptedKey(ctx, name)
+	if err != nil {
+		return nil, fmt.Errorf("looking for provisioner %q: %w", name, err)
+	}
+	jwe, err := jose.ParseEncrypted(encrypted)
+	if err != nil {
+		return nil, fmt.Errorf("reading the key of provisioner %q: %w", name, err)
+	}
+	plain, err := jwe.Decrypt([]byte(password))
+	if err != nil {
+		return nil, fmt.Errorf("opening the key of provisioner %q: %w", name, ErrPassword)
+	}
+	key := new(jose.JSONWebKey)
+	if err := json.Unmarshal(plain, key); err != nil || key.IsPublic() || !key.Valid() {
+		return nil, fmt.Errorf("reading the key of provisioner %q: it is not a private JWK", name)
+	}
+	return &JWK{name: name, key: key}, nil
+}
+
+func (c *Client) encryptedKey(ctx context.Context, name string) (string, error) {
+	cursor := ""
+	for range maxPages {
+		var page struct {
+			Provisioners []struct {
+				Type         string `json:"type"`
+				Name         string `json:"name"`
+				EncryptedKey string `json:"encryptedKey"`
+			} `json:"provisioners"`
+			NextCursor string `json:"nextCursor"`
+		}
+		query := url.Values{"limit": {"100"}, "cursor": {cursor}}
+		if err := c.json(ctx, c.http, http.MethodGet, "/provisioners?"+query.Encode(), nil, &page); err != nil {
+			return "", err
+		}
+		for _, p := range page.Provisioners {
+			if p.Name == name && p.Type == "JWK" && p.EncryptedKey != "" {
+				return p.EncryptedKey, nil
+			}
+		}
+		if cursor = page.NextCursor; cursor == "" {
+			break
+		}
+	}
+	return "", ErrNoProvisioner
+}
+
+// token makes a one-time token for a certificate with one name. audience is the
+// URL that it is meant for.
+func (p *JWK) token(audience, name string, now time.Time) (string, error) {
+	opts := new(jose.SignerOptions).WithType("JWT").WithHeader("kid", p.key.KeyID)
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.SignatureAlgorithm(p.key.Algorithm), Key: p.key.Key}, opts)
+	if err != nil {
+		return "", err
+	}
+	return jose.Signed(signer).Claims(jose.Claims{
+		Issuer: p.name, Subject: name, Audience: jose.Audience{audience}, ID: rand.Text(),
+		IssuedAt: jose.NewNumericDate(now), NotBefore: jose.NewNumericDate(now),
+		Expiry: jose.NewNumericDate(now.Add(tokenLifetime)),
+	}).Claims(map[string]any{"sans": []string{name}}).CompactSerialize()
+}
+
+// Certificate is an issued one with its chain (leaf first) and key.
+type Certificate struct {
+	Chain []*x509.Certificate
+	key   crypto.Signer
+}
+
+// Leaf is the certificate itself.
+func (c *Certificate) Leaf() *x509.Certificate { return c.Chain[0] }
+
+type signRequest struct {
+	CSR      string `json:"csr"`
+	OTT      string `json:"ott"`
+	NotAfter string `json:"notAfter"`
+}
+
+// Issue asks for a certificate for the DNS name, with a token of p, and verifies it.
+func (c *Client) Issue(ctx context.Context, p *JWK, name string, lifetime time.Duration, key crypto.Signer) (*Certificate, error) {
+	token, err := p.token(c.base+"/1.0/sign", name, time.Now())
+	if err != nil {
+		return nil, fmt.Errorf("making a one-time token: %w", err)
+	}
+	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{DNSNames: []string{name}}, key)
+	if err != nil {
+		return nil, fmt.Errorf("making a certificate request: %w", err)
+	}
+	return c.obtain(ctx, c.http, "/1.0/sign", name, key, signRequest{
+		CSR: string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: csr})),
+		OTT: token, NotAfter: lifetime.String(),
+	})
+}
+
+// Renew asks for a successor of cert over mTLS, on a connection of its own, and
+// verifies it.
+func (c *Client) Renew(ctx context.Context, cert *Certificate) (*Certificate, error) {
+	pair := tls.Certificate{PrivateKey: cert.key}
+	for _, x := range cert.Chain {
+		pair.Certificate = append(pair.Certificate, x.Raw)
+	}
+	client := c.client(pair)
+	defer client.CloseIdleConnections()
+	next, err := c.obtain(ctx, client, "/1.0/renew", cert.Leaf().DNSNames[0], cert.key, nil)
+	if err != nil {
+		return nil, err
+	}
+	if next.Leaf().SerialNumber.Cmp(cert.Leaf().SerialNumber) == 0 {
+		return nil, fmt.Errorf("renewing: the CA returned the same certificate, serial %s", cert.Leaf().SerialNumber)
+	}
+	return next, nil
+}
+
+func (c *Client) obtain(ctx context.Context, client *http.Client, path, name string, key crypto.Signer, in any) (*Certificate, error) {
+	var out struct {
+		Chain []string `json:"certChain"`
+	}
+	if err := c.json(ctx, client, http.MethodPost, path, in, &out); err != nil {
+		return nil, err
+	}
+	cert := &Certificate{key: key}
+	for _, text := range out.Chain {
+		block, _ := pem.Decode([]byte(text))
+		if block == nil {
+			return nil, fmt.Errorf("asking %q: the answer has a certificate that is not PEM", c.base+path)
+		}
+		x, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("asking %q: %w", c.base+path, err)
+		}
+		cert.Chain = append(cert.Chain, x)
+	}
+	if err := c.verify(cert, name); err != nil {
+		return nil, fmt.Errorf("verifying the certificate from %q: %w", c.base+path, err)
+	}
+	return cert, nil
+}
+
+// verify holds a certificate against the roots, its name, its key and its purposes.
+func (c *Client) verify(cert *Certificate, name string) error {
+	if len(cert.Chain) == 0 {
+		return errors.New("there is none in the answer")
+	}
+	leaf, intermediates := cert.Leaf(), x509.NewCertPool()
+	for _, x := range cert.Chain[1:] {
+		intermediates.AddCert(x)
+	}
+	for _, usage := range []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth} {
+		_, err := leaf.Verify(x509.VerifyOptions{
+			DNSName: name, Roots: c.roots, Intermediates: intermediates, KeyUsages: []x509.ExtKeyUsage{usage},
+		})
+		if err != nil {
+			return err
+		}
+	}
+	pub, ok := cert.key.Public().(interface{ Equal(crypto.PublicKey) bool })
+	switch {
+	case !ok || !pub.Equal(leaf.PublicKey):
+		return errors.New("it is for another key")
+	case leaf.IsCA:
+		return errors.New("it is a CA certificate")
+	case leaf.KeyUsage&x509.KeyUsageDigitalSignature == 0:
+		return errors.New("its key usage has no digital signature")
+	}
+	return nil
+}
