@@ -1,0 +1,69 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/infra-pki/infra-pki/tools/internal/config"
+)
+
+// tables are the ones that step-ca v0.30.2 makes at its start (db/db.go and
+// acme/db/nosql/nosql.go).
+var tables = []string{
+	"revoked_x509_certs", "x509_certs", "used_ott", "ssh_certs", "ssh_hosts",
+	"ssh_host_principals", "ssh_users", "revoked_ssh_certs", "x509_certs_data", "x509_crl",
+	"acme_accounts", "acme_keyID_accountID_index", "acme_authzs", "acme_challenges",
+	"nonces", "acme_orders", "acme_account_orders_index", "acme_certs",
+	"acme_serial_certs_index", "acme_external_account_keys",
+	"acme_external_account_keyID_reference_index",
+	"acme_external_account_keyID_provisionerID_index",
+	"wire_acme_dpop_token", "wire_acme_oidc_token",
+}
+
+// has_table_privilege takes "any of" a list, so each privilege is asked for.
+const problemsQuery = `
+with actual as (
+  select name, oid, relowner
+    from unnest($1::text[]) as name
+    left join pg_class on relname = name and relkind = 'r'
+         and relnamespace = to_regnamespace('public'))
+select format('table %I is missing', name)
+  from actual where oid is null
+union all
+select format('role %I may not use table %I', $2::text, name)
+  from actual where oid is not null and not (
+       has_table_privilege($2, oid, 'select') and has_table_privilege($2, oid, 'insert')
+   and has_table_privilege($2, oid, 'update') and has_table_privilege($2, oid, 'delete'))
+union all
+select format('role %I owns table %I', $2, name)
+  from actual where pg_get_userbyid(relowner) = $2
+union all
+select format('role %I may not use schema public', $2)
+ where not (has_schema_privilege($2, 'public', 'usage') and has_schema_privilege($2, 'public', 'create'))
+union all
+select 'the guard on used_ott is missing or off'
+ where not exists (
+  select from pg_trigger join actual on tgrelid = actual.oid
+   where name = 'used_ott' and tgname = 'used_ott_once' and tgenabled in ('O', 'A'))
+limit 1`
+
+// Ready refuses a database whose schema is not as db-migrate leaves it: all tables
+// of step-ca, usable and not owned by its role, and the guard in force.
+func Ready(ctx context.Context, conn *pgx.Conn) error {
+	problem, err := firstProblem(ctx, conn)
+	if err != nil || problem == "" {
+		return err
+	}
+	return &fault{reason: problem, passing: true, hint: `db-migrate makes the schema: "docker compose logs db-migrate" tells how far it came`}
+}
+
+func firstProblem(ctx context.Context, conn *pgx.Conn) (string, error) {
+	var problem string
+	err := conn.QueryRow(ctx, problemsQuery, tables, config.RuntimeRole).Scan(&problem)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return "", nil
+	}
+	return problem, err
+}

@@ -1,0 +1,139 @@
+package postgres_test
+
+import (
+	"errors"
+	"net/url"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/stretchr/testify/require"
+
+	"github.com/infra-pki/infra-pki/tools/internal/postgrestest"
+)
+
+// The migrated schema is, catalog row for catalog row, what step-ca itself makes
+// on an empty database; and step-ca finds nothing to add to it.
+func TestTablesAreThoseOfStepCA(t *testing.T) {
+	const shape = `
+		select c.relname, a.attnum, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attstorage::text,
+		       (select jsonb_agg(jsonb_build_array(conname, pg_get_constraintdef(k.oid)) order by conname)
+		          from pg_constraint k where conrelid = c.oid)::text,
+		       (select jsonb_agg(pg_get_indexdef(indexrelid) order by indexrelid::regclass::text)
+		          from pg_index where indrelid = c.oid)::text,
+		       c.reloptions::text
+		  from pg_class c join pg_attribute a on a.attrelid = c.oid
+		 where c.relnamespace = 'public'::regnamespace and c.relkind = 'r' and a.attnum > 0
+		 order by c.relname, a.attnum`
+	read := func(d *postgrestest.Database) (rows [][]any) {
+		found, err := d.Owner(t).Query(t.Context(), shape)
+		require.NoError(t, err)
+		rows, err = pgx.CollectRows(found, func(row pgx.CollectableRow) ([]any, error) { return row.Values() })
+		require.NoError(t, err)
+		return rows
+	}
+	// Their own ends first: on TEST_DATABASE_URL two databases of one test would wait for each other.
+	var theirs [][]any
+	require.True(t, t.Run("step-ca's own", func(t *testing.T) {
+		d := postgrestest.New(t)
+		open(t, (&url.URL{
+			Scheme: "postgresql", User: url.UserPassword(d.Database.Owner, d.OwnerPassword.Reveal()),
+			Host: d.Address(), Path: "/" + d.Name, RawQuery: "sslmode=" + d.SSLMode,
+		}).String())
+		theirs = read(d)
+	}))
+	require.Len(t, theirs, 24*2)
+
+	ours := postgrestest.New(t)
+	ours.Migrate(t)
+	require.Equal(t, theirs, read(ours))
+	openAsStepCA(t, ours)
+	require.Equal(t, theirs, read(ours))
+}
+
+func TestRuntimeRoleCannot(t *testing.T) {
+	d := postgrestest.New(t)
+	d.Migrate(t)
+	openAsStepCA(t, d)
+	_, err := d.Owner(t).Exec(t.Context(), "insert into infra_pki.root (fingerprint) values (repeat('a', 64))")
+	require.NoError(t, err)
+	const denied, duplicate = "42501", "23505"
+	tests := map[string]struct{ statement, code string }{
+		"drop the guard":                      {"drop trigger used_ott_once on used_ott", denied},
+		"switch the guard off":                {"alter table used_ott disable trigger used_ott_once", denied},
+		"switch all triggers off":             {"set session_replication_role = replica", denied},
+		"replace the guard's function":        {"create or replace function infra_pki.refuse_overwrite() returns trigger language plpgsql as 'begin return new; end'", denied},
+		"drop the guard's function":           {"drop function infra_pki.refuse_overwrite()", denied},
+		"overwrite a token in spite of it":    {"insert into used_ott values ('k', 'a'); insert into used_ott values ('k', 'b') on conflict (nkey) do update set nvalue = excluded.nvalue", duplicate},
+		"put a trigger on a table":            {"create trigger t before insert on x509_certs execute function suppress_redundant_updates_trigger()", denied},
+		"put a rule on a table":               {"create rule r as on update to used_ott do instead nothing", denied},
+		"alter a table":                       {"alter table x509_certs add column x int", denied},
+		"drop a table":                        {"drop table x509_certs", denied},
+		"empty a table past the row triggers": {"truncate used_ott", denied},
+		"change the root's fingerprint":       {"update infra_pki.root set fingerprint = repeat('b', 64)", denied},
+		"remove the root's record":            {"delete from infra_pki.root", denied},
+		"empty the root's record":             {"truncate infra_pki.root", denied},
+		"record a second root":                {"insert into infra_pki.root (fingerprint) values (repeat('b', 64))", duplicate},
+		"record a second root beside it":      {"insert into infra_pki.root (singleton, fingerprint) values (false, repeat('b', 64))", denied},
+		"date the record back":                {"insert into infra_pki.root (fingerprint, recorded_at) values (repeat('b', 64), 'epoch')", denied},
+		"create in our schema":                {"create table infra_pki.x ()", denied},
+		"read the schema's version":           {"select * from infra_pki.version", denied},
+		"create a schema":                     {"create schema x", denied},
+		"create a temporary table":            {"create temporary table x ()", denied},
+		"create a role":                       {"create role x", denied},
+		"create a database":                   {"create database x", denied},
+		"read passwords":                      {"select rolpassword from pg_authid", denied},
+		"become the owner":                    {"set role " + d.Database.Owner, denied},
+		"read the server's files":             {"select pg_read_file('/etc/passwd')", denied},
+		"run programs":                        {"copy x509_certs to program 'true'", denied},
+	}
+	for name, tc := range tests {
+		t.Run(name, func(t *testing.T) {
+			_, err := d.Runtime(t).Exec(t.Context(), tc.statement, pgx.QueryExecModeSimpleProtocol)
+			var refused *pgconn.PgError
+			require.ErrorAs(t, err, &refused)
+			require.Equal(t, tc.code, refused.Code, refused.Message)
+		})
+	}
+}
+
+func TestRuntimeRoleOwnsNothing(t *testing.T) {
+	d := postgrestest.New(t)
+	d.Migrate(t)
+	openAsStepCA(t, d)
+	var owned int
+	require.NoError(t, d.Owner(t).QueryRow(t.Context(),
+		"select count(*) from pg_shdepend where refclassid = 'pg_authid'::regclass and refobjid = 'stepca'::regrole and deptype = 'o'").Scan(&owned))
+	require.Zero(t, owned)
+}
+
+// Nobody but owner and runtime role comes into the database or its schemas.
+func TestPublicHasNothing(t *testing.T) {
+	d := postgrestest.New(t)
+	d.Migrate(t)
+	ctx := t.Context()
+	tx, err := d.Owner(t).Begin(ctx) // never committed: roles belong to the whole server
+	require.NoError(t, err)
+	_, err = tx.Exec(ctx, "create role bystander")
+	require.NoError(t, err)
+	for _, question := range []string{
+		"has_database_privilege('bystander', current_database(), 'connect')",
+		"has_database_privilege('bystander', current_database(), 'temporary')",
+		"has_schema_privilege('bystander', 'public', 'usage')",
+		"has_schema_privilege('bystander', 'public', 'create')",
+		"has_schema_privilege('bystander', 'infra_pki', 'usage')",
+		"has_table_privilege('bystander', 'public.x509_certs', 'select')",
+	} {
+		var may bool
+		require.NoError(t, tx.QueryRow(ctx, "select "+question).Scan(&may))
+		require.False(t, may, question)
+	}
+}
+
+func codeOf(err error) string {
+	var refused *pgconn.PgError
+	if errors.As(err, &refused) {
+		return refused.Code
+	}
+	return ""
+}
