@@ -1,0 +1,66 @@
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"log/slog"
+	"os"
+	"slices"
+
+	"github.com/infra-pki/infra-pki/tools/internal/config"
+	"github.com/infra-pki/infra-pki/tools/internal/dotenv"
+	"github.com/infra-pki/infra-pki/tools/internal/oneshot"
+)
+
+const usage = `Usage: config-check [--env-file FILE]
+
+Reads every setting of the stack and reports all problems at once. It starts
+nothing and writes nothing.
+
+  --env-file FILE  read a .env file, as Compose would, in place of the environment
+
+Exit codes: 0 all is well (warnings may be printed), 2 misconfigured.
+
+Examples:
+  make check
+  config-check --env-file .env
+`
+
+func run(ctx context.Context, args []string, log *slog.Logger) error {
+	flags := flag.NewFlagSet("config-check", flag.ContinueOnError)
+	file := flags.String("env-file", "", "")
+	if err := oneshot.Parse(flags, args, usage); err != nil {
+		return err
+	}
+	if *file != "" {
+		if err := load(*file); err != nil {
+			return err
+		}
+	}
+	settings := config.NewReader()
+	_, _, _ = settings.CA(), settings.Edge(), settings.Database()
+	settings.AllSecrets()
+	for _, w := range settings.Warnings() {
+		log.LogAttrs(ctx, slog.LevelWarn, w)
+	}
+	if err := settings.Err(); err != nil {
+		return err
+	}
+	log.LogAttrs(ctx, slog.LevelInfo, "all settings are good", slog.Int("warnings", len(settings.Warnings())))
+	return nil
+}
+
+// load puts the settings of a .env file into the environment of this process.
+func load(file string) error {
+	values, err := dotenv.Read(file)
+	if err != nil {
+		return err
+	}
+	for _, name := range slices.Concat(config.Names(), config.SecretNames()) {
+		if err := os.Setenv(name, values[name]); err != nil {
+			return oneshot.WithExitCode(fmt.Errorf("%s has a NUL byte in it", name), oneshot.ExitMisconfigured)
+		}
+	}
+	return nil
+}

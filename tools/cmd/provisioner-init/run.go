@@ -1,0 +1,306 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/infra-pki/infra-pki/tools/internal/caconfig"
+	"github.com/infra-pki/infra-pki/tools/internal/config"
+	"github.com/infra-pki/infra-pki/tools/internal/durable"
+	"github.com/infra-pki/infra-pki/tools/internal/oneshot"
+	"github.com/infra-pki/infra-pki/tools/internal/pki"
+	"github.com/infra-pki/infra-pki/tools/internal/postgres"
+)
+
+const usage = `Usage: provisioner-init [--check] [--home DIR] [--root-ca DIR] [--allow-list DIR] [--import DIR]
+
+Makes the CA's keys on the first run, or imports them, and renders ca.json,
+defaults.json, the database passfile and the edge's allow-list from the
+environment. What is already as declared is not touched.
+
+  --check           print what a run would do, write nothing, exit 3 if anything
+  --home DIR        step-ca's home: config/, certs/, secrets/ (default /home/step)
+  --root-ca DIR     where the root key lies (default /root-ca)
+  --allow-list DIR  where the edge looks for allow.caddy (default /allow-list)
+  --import DIR      an existing CA to take over at the first run: certs/root_ca.crt,
+                    certs/intermediate_ca.crt, secrets/intermediate_ca_key (default /import)
+
+Exit codes: 0 done, 1 failed, 2 misconfigured, 3 drift (with --check).
+
+Examples:
+  docker compose run --rm provisioner-init --check
+  docker compose up -d --wait
+`
+
+// soon is how long before the end of a CA certificate its warning begins.
+const soon = 90 * 24 * time.Hour
+
+// patience bounds a run; without another one at work it takes a second.
+const patience = 2 * time.Minute
+
+// program is one run of provisioner-init.
+type program struct {
+	ca         config.CA
+	edge       config.Edge
+	db         config.Database
+	dbPassword config.Secret
+	passwords  pki.Passwords
+	store      pki.Store
+	configDir  string
+	allowList  string
+	importDir  string
+	check      bool
+	now        time.Time
+	log        *slog.Logger
+	changes    int
+}
+
+func run(ctx context.Context, args []string, log *slog.Logger) error {
+	flags := flag.NewFlagSet("provisioner-init", flag.ContinueOnError)
+	p := &program{now: time.Now(), log: log}
+	flags.BoolVar(&p.check, "check", false, "")
+	home := flags.String("home", "/home/step", "")
+	flags.StringVar(&p.store.Root, "root-ca", "/root-ca", "")
+	flags.StringVar(&p.allowList, "allow-list", "/allow-list", "")
+	flags.StringVar(&p.importDir, "import", "/import", "")
+	if err := oneshot.Parse(flags, args, usage); err != nil {
+		return err
+	}
+	p.configDir = filepath.Join(*home, "config")
+	p.store.Certs = filepath.Join(*home, "certs")
+	p.store.Secrets = filepath.Join(*home, "secrets")
+
+	settings := config.NewReader()
+	p.ca, p.edge, p.db = settings.CA(), settings.Edge(), settings.Database()
+	p.dbPassword = settings.RuntimePassword()
+	p.passwords = pki.Passwords{Root: settings.RootCAPassword(), CA: settings.CAPassword(), Provisioner: settings.ProvisionerPassword()}
+	if err := settings.Err(); err != nil {
+		return err
+	}
+	for _, w := range settings.Warnings() {
+		log.LogAttrs(ctx, slog.LevelWarn, w)
+	}
+	return p.converge(ctx)
+}
+
+// converge reads, plans, applies and reads back.
+func (p *program) converge(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	conn, err := postgres.Runtime(p.db, p.dbPassword).Connect(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close(context.WithoutCancel(ctx)) //nolint:errcheck // the lock ends with the connection either way
+	// Two runs at once would both find no keys and make two CAs.
+	if err := postgres.Lock(ctx, conn, postgres.Provisioning); err != nil {
+		return err
+	}
+
+	names := pki.Names{PKI: p.ca.Name, RootLifetime: p.ca.RootLifetime, IntermediateLifetime: p.ca.IntermediateLifetime, Now: p.now}
+	contents, err := p.store.Open(p.passwords, names, p.now)
+	if err != nil {
+		return err
+	}
+	if err := p.authority(ctx, conn, contents); err != nil {
+		return err
+	}
+	if err := p.render(ctx, contents); err != nil {
+		return err
+	}
+	if p.check && p.changes > 0 {
+		return p.drift(ctx)
+	}
+	p.expiry(ctx, contents)
+	p.log.LogAttrs(ctx, slog.LevelInfo, "done", slog.Int("changes", p.changes),
+		slog.String("root", pki.Fingerprint(contents.Root)), slog.String("url", p.ca.URL()))
+	return nil
+}
+
+// authority makes or imports what is missing, if that is allowed, and records the
+// root in the database after its keys are safe on disk.
+func (p *program) authority(ctx context.Context, conn *pgx.Conn, contents *pki.Contents) error {
+	imported, err := pki.Import(p.importDir, p.passwords, p.now)
+	if err != nil {
+		return err
+	}
+	if imported != nil {
+		if err := contents.Adopt(imported); err != nil {
+			return oneshot.WithHint(err, "empty %s, or restore the CA whose root it is", p.importDir)
+		}
+	}
+	recorded, err := postgres.Root(ctx, conn)
+	if err != nil {
+		return err
+	}
+	if err := p.allowed(ctx, conn, contents, recorded, imported != nil); err != nil {
+		return err
+	}
+	for _, file := range contents.Missing() {
+		if !p.check {
+			if err := file.Create(); err != nil {
+				return writing(err)
+			}
+		}
+		p.report(ctx, file.Item, file.Path, durable.Created)
+	}
+	if recorded != "" || p.check {
+		return nil
+	}
+	// Only now: a record without keys would be a CA that can never start.
+	return postgres.RecordRoot(ctx, conn, pki.Fingerprint(contents.Root))
+}
+
+// allowed decides whether what is missing may be made. A CA is made only where
+// there are no keys and the database has never known one.
+func (p *program) allowed(ctx context.Context, conn *pgx.Conn, contents *pki.Contents, recorded string, importing bool) error {
+	const wayBack = "restore the volumes root-ca, step-ca-certs and step-ca-secrets from the backup that belongs to this database"
+	if contents.Root != nil && recorded != "" && recorded != pki.Fingerprint(contents.Root) {
+		return oneshot.WithHint(
+			fmt.Errorf("the database belongs to the CA with root %s, the keys here to root %s", recorded, pki.Fingerprint(contents.Root)),
+			"bring database and keys from the same backup")
+	}
+	missing := contents.Missing()
+	if len(missing) == 0 {
+		return nil
+	}
+	if err := contents.Broken(); err != nil {
+		return oneshot.WithHint(err, wayBack)
+	}
+	var names []string
+	for _, file := range missing {
+		names = append(names, file.Item)
+	}
+	what := strings.Join(names, ", ")
+	if recorded != "" {
+		return oneshot.WithHint(fmt.Errorf("the database knows the CA with root %s, but missing here: %s", recorded, what), wayBack)
+	}
+	if _, err := os.Stat(p.caJSON()); err == nil {
+		return oneshot.WithHint(fmt.Errorf("%s says that there was a CA, but missing here: %s", p.caJSON(), what), wayBack)
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("looking for ca.json: %w", err)
+	}
+	if importing {
+		return nil // a database with certificates is what an imported CA comes with
+	}
+	used, err := postgres.HasCertificates(ctx, conn)
+	if err != nil {
+		return err
+	}
+	if used {
+		return oneshot.WithHint(fmt.Errorf("the database holds certificates of a CA, but missing here: %s", what),
+			"put the CA's certificates and keys into IMPORT_DIR, or "+wayBack)
+	}
+	return nil
+}
+
+func (p *program) caJSON() string { return filepath.Join(p.configDir, "ca.json") }
+
+// render writes what follows from settings and keys. ca.json comes last, since
+// its presence says that there was a CA.
+func (p *program) render(ctx context.Context, contents *pki.Contents) error {
+	passfile := filepath.Join(p.store.Secrets, "pgpass")
+	var defaults, ca []byte // unknown in a check before the keys are made: any content will differ
+	if len(contents.Missing()) == 0 {
+		var err error
+		if defaults, err = caconfig.Defaults(p.store, pki.Fingerprint(contents.Root)); err != nil {
+			return err
+		}
+		if ca, err = caconfig.Render(p.ca, p.store, contents.Admin, postgres.RuntimeDSN(p.db, passfile)); err != nil {
+			return err
+		}
+	}
+	files := []struct {
+		item, path string
+		data       []byte
+		mode       fs.FileMode
+	}{
+		{"database passfile", passfile, []byte(postgres.PassfileLine(p.db, p.dbPassword)), 0o400},
+		{"allow-list", filepath.Join(p.allowList, "allow.caddy"), []byte(allowList(p.edge)), 0o444},
+		{"CLI defaults", filepath.Join(p.configDir, "defaults.json"), defaults, 0o444},
+		{"CA configuration", p.caJSON(), ca, 0o444},
+	}
+	for _, f := range files {
+		write := durable.WriteIfChanged
+		if p.check {
+			write = durable.Compare
+		}
+		outcome, err := write(f.path, f.data, f.mode)
+		if err != nil {
+			return writing(fmt.Errorf("%s: %w", f.item, err))
+		}
+		p.report(ctx, f.item, f.path, outcome)
+	}
+	if p.check {
+		return nil
+	}
+	for _, f := range files {
+		outcome, err := durable.Compare(f.path, f.data, f.mode)
+		if err != nil {
+			return fmt.Errorf("reading the %s back: %w", f.item, err)
+		}
+		if outcome != durable.Unchanged {
+			return fmt.Errorf("reading the %s back from %q: it is not what was written", f.item, f.path)
+		}
+	}
+	return nil
+}
+
+// allowList is the matcher that caddy/Caddyfile imports.
+func allowList(edge config.Edge) string {
+	var b strings.Builder
+	b.WriteString("remote_ip")
+	for _, prefix := range edge.Allowed {
+		b.WriteString(" " + prefix.String())
+	}
+	b.WriteString("\n")
+	return b.String()
+}
+
+// report logs one item of the plan; in a check the words are those of a run.
+func (p *program) report(ctx context.Context, item, path string, outcome durable.Outcome) {
+	if outcome != durable.Unchanged {
+		p.changes++
+	}
+	p.log.LogAttrs(ctx, slog.LevelInfo, string(outcome), slog.String("item", item), slog.String("path", path))
+}
+
+func (p *program) drift(ctx context.Context) error {
+	p.log.LogAttrs(ctx, slog.LevelInfo, "checked, nothing written", slog.Int("changes", p.changes))
+	return oneshot.WithHint(oneshot.WithExitCode(fmt.Errorf("%d items are not as declared", p.changes), oneshot.ExitDrift),
+		"\"make init\" applies them")
+}
+
+// expiry warns while there is time. step-ca itself issues leaves that outlive the
+// intermediate (smallstep/certificates#381).
+func (p *program) expiry(ctx context.Context, contents *pki.Contents) {
+	for _, c := range []struct {
+		name string
+		end  time.Time
+	}{{"root", contents.Root.NotAfter}, {"intermediate", contents.Intermediate.NotAfter}} {
+		if left := c.end.Sub(p.now); left < max(soon, p.ca.TLSMax) {
+			p.log.LogAttrs(ctx, slog.LevelWarn, "the "+c.name+" certificate ends soon",
+				slog.String("end", c.end.UTC().Format(time.DateOnly)), slog.Int("days", int(left.Hours()/24)))
+		}
+	}
+}
+
+func writing(err error) error {
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		return oneshot.WithHint(err, "the volume must belong to uid %d; volumes made by this stack do", os.Getuid())
+	case strings.Contains(err.Error(), "read-only file system"):
+		return oneshot.WithHint(err, "mount the volume writable for provisioner-init")
+	}
+	return err
+}
