@@ -10,6 +10,7 @@ import (
 
 	authority "github.com/smallstep/certificates/authority/config"
 	"github.com/smallstep/certificates/authority/provisioner"
+	_ "github.com/smallstep/certificates/cas/softcas" // what Validate looks for; keys in files are the default
 	"github.com/smallstep/certificates/db"
 
 	"github.com/infra-pki/infra-pki/tools/internal/config"
