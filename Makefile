@@ -5,9 +5,6 @@ SHELL := bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
-# Bake needs the buildx plug-in and gains nothing with two images.
-export COMPOSE_BAKE := false
-
 COMPOSE := docker compose
 TOOLS_IMAGE := infra-pki/tools:local
 GOLANGCI_LINT := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
@@ -20,8 +17,9 @@ help: ## show this help
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: up
-up: env ## start the stack, prove it with a certificate, say what comes next
+up: env check ## start the stack, prove it with a certificate, say what comes next
 	@$(COMPOSE) up -d --wait
+	@$(MAKE) apply
 	@$(COMPOSE) run --rm -T pkictl probe --ca-url "https://127.0.0.1:$$($(COMPOSE) port caddy 9000 | sed 's/.*://')"
 	@$(MAKE) summary
 
@@ -45,9 +43,14 @@ down: ## stop the stack; keys and database stay (never add -v: it destroys the C
 .PHONY: init
 init: ## apply an edited .env to the running CA and edge, without a restart
 	@$(COMPOSE) run --rm --no-deps -T provisioner-init
-	@$(COMPOSE) exec -T step-ca reload
-	@$(COMPOSE) exec -T caddy /usr/bin/caddy reload --config /etc/caddy/Caddyfile --adapter caddyfile --address unix//run/edge/admin.sock
-	@echo "caddy: follows the allow-list"
+	@$(MAKE) apply
+
+# What runs takes what is rendered.
+.PHONY: apply
+apply:
+	@$(COMPOSE) exec -T step-ca reload || { [[ $$? == 3 ]] && $(COMPOSE) restart step-ca && $(COMPOSE) up -d --wait; }
+	@said=$$($(COMPOSE) exec -T caddy caddy reload --config /etc/caddy/Caddyfile --adapter caddyfile --address unix//run/edge/admin.sock 2>&1) \
+		|| { echo "$$said"; exit 1; } >&2; echo "caddy: follows the allow-list"
 
 .PHONY: check
 check: images ## test .env without starting anything

@@ -1,12 +1,21 @@
 #!/bin/bash
-# Makes the step-ca of this container take a changed ca.json, and says whether it
-# did. Run by "make init" inside the container; step-ca is process 1.
+# Makes the step-ca of this container take a changed configuration, and says
+# whether it did. Run inside the container by "make init" and "make up"; step-ca is
+# process 1. Exit codes: 0 done or nothing to do, 1 refused, 3 only a restart helps.
 set -euo pipefail
 cd "$STEPPATH"
 
-# This directory is a tmpfs that is mounted at the container's start and touched
-# at each accepted reload, so its time is when step-ca last read ca.json.
-if [[ ! config/ca.json -nt . ]]; then
+# This directory is a tmpfs, mounted at the container's start and never written to.
+started=.
+reloaded=/tmp/step-ca-reloaded
+
+if [[ secrets/pgpass -nt $started ]]; then
+	# The running process keeps the password that it has read (smallstep/nosql opens
+	# its pool once), and a reload keeps the pool.
+	echo "step-ca: the database password changed since its start, it needs a restart"
+	exit 3
+fi
+if [[ ! config/ca.json -nt $started ]] || [[ -e $reloaded && ! config/ca.json -nt $reloaded ]]; then
 	echo "step-ca: unchanged"
 	exit
 fi
@@ -16,12 +25,12 @@ fi
 own_certificate() { step certificate fingerprint https://localhost:9000 --roots certs/root_ca.crt; }
 
 before=$(own_certificate)
-taken=$(date +%s.%N)
+now=$(date +%s.%N) # an edit from here on is for the next reload
 kill -HUP 1
 for _ in {1..50}; do
 	sleep 0.2
-	if now=$(own_certificate) && [[ $now != "$before" ]]; then
-		touch -d "@$taken" .
+	if after=$(own_certificate) && [[ $after != "$before" ]]; then
+		touch -d "@$now" "$reloaded"
 		echo "step-ca: reloaded"
 		exit
 	fi

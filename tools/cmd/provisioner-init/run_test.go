@@ -88,8 +88,9 @@ func TestScripts(t *testing.T) {
 
 func snapshot(work string) (string, error) {
 	var list strings.Builder
+	files := os.DirFS(work)
 	for _, dir := range volumes {
-		err := filepath.WalkDir(filepath.Join(work, dir), func(path string, d fs.DirEntry, err error) error {
+		err := fs.WalkDir(files, dir, func(path string, d fs.DirEntry, err error) error {
 			if err != nil || d.IsDir() {
 				return err
 			}
@@ -97,8 +98,8 @@ func snapshot(work string) (string, error) {
 			if err != nil {
 				return err
 			}
-			data, err := os.ReadFile(path)
-			fmt.Fprintf(&list, "%s %s %s %x\n", strings.TrimPrefix(path, work), info.Mode(), info.ModTime(), sha256.Sum256(data))
+			data, err := fs.ReadFile(files, path)
+			fmt.Fprintf(&list, "%s %s %s %x\n", path, info.Mode(), info.ModTime(), sha256.Sum256(data))
 			return err
 		})
 		if err != nil {
