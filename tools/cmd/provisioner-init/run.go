@@ -141,7 +141,7 @@ func (p *program) authority(ctx context.Context, conn *pgx.Conn, contents *pki.C
 	}
 	recorded, err := postgres.Root(ctx, conn)
 	if err != nil {
-		return err
+		return oneshot.WithHint(err, "db-migrate makes the schema: run it first")
 	}
 	if err := p.allowed(ctx, conn, contents, recorded, imported != nil); err != nil {
 		return err

@@ -89,7 +89,7 @@ func place(path string, data []byte, mode fs.FileMode, publish func(from, to str
 	}
 	tmp, err := os.CreateTemp(dir, pattern) // 0600 until fchmod
 	if err != nil {
-		return fmt.Errorf("writing %q: %w", path, err)
+		return fmt.Errorf("writing %q: %w", path, cause(err))
 	}
 	defer func() {
 		_ = tmp.Close()                                                            // already closed unless a step failed
@@ -98,21 +98,34 @@ func place(path string, data []byte, mode fs.FileMode, publish func(from, to str
 		}
 	}()
 	if _, err := tmp.Write(data); err != nil {
-		return fmt.Errorf("writing %q: %w", path, err)
+		return fmt.Errorf("writing %q: %w", path, cause(err))
 	}
 	if err := tmp.Chmod(mode); err != nil {
-		return fmt.Errorf("writing %q: %w", path, err)
+		return fmt.Errorf("writing %q: %w", path, cause(err))
 	}
 	if err := tmp.Sync(); err != nil {
-		return fmt.Errorf("writing %q: %w", path, err)
+		return fmt.Errorf("writing %q: %w", path, cause(err))
 	}
 	if err := tmp.Close(); err != nil {
-		return fmt.Errorf("writing %q: %w", path, err)
+		return fmt.Errorf("writing %q: %w", path, cause(err))
 	}
 	if err := publish(tmp.Name(), path); err != nil {
-		return fmt.Errorf("writing %q: %w", path, err)
+		return fmt.Errorf("writing %q: %w", path, cause(err))
 	}
 	return syncDir(dir)
+}
+
+// cause leaves out the name of the temporary file, which says nothing to anyone.
+func cause(err error) error {
+	var path *fs.PathError
+	var link *os.LinkError
+	switch {
+	case errors.As(err, &path):
+		return path.Err
+	case errors.As(err, &link):
+		return link.Err
+	}
+	return err
 }
 
 func syncDir(dir string) error {
