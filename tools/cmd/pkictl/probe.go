@@ -14,6 +14,8 @@ import (
 	"strings"
 	"time"
 
+	"go.step.sm/crypto/x509util"
+
 	"github.com/infra-pki/infra-pki/tools/internal/config"
 	"github.com/infra-pki/infra-pki/tools/internal/oneshot"
 	"github.com/infra-pki/infra-pki/tools/internal/stepca"
@@ -67,7 +69,7 @@ func (p *prober) run(ctx context.Context, log *slog.Logger) error {
 		return oneshot.WithHint(err, "trust-export publishes the root as root_ca.crt")
 	}
 	for _, root := range bundle.Roots() {
-		log.LogAttrs(ctx, slog.LevelInfo, "trusting", slog.String("root", trustbundle.Fingerprint(root)))
+		log.LogAttrs(ctx, slog.LevelInfo, "trusting", slog.String("root", x509util.Fingerprint(root)))
 	}
 	client, err := stepca.New(p.url, bundle.Roots()...)
 	if err != nil {

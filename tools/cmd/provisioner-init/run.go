@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"go.step.sm/crypto/x509util"
 
 	"github.com/infra-pki/infra-pki/tools/internal/caconfig"
 	"github.com/infra-pki/infra-pki/tools/internal/config"
@@ -123,7 +124,7 @@ func (p *program) converge(ctx context.Context) error {
 	}
 	p.expiry(ctx, contents)
 	p.log.LogAttrs(ctx, slog.LevelInfo, "done", slog.Int("changes", p.changes),
-		slog.String("root", pki.Fingerprint(contents.Root)), slog.String("url", p.ca.URL()))
+		slog.String("root", x509util.Fingerprint(contents.Root)), slog.String("url", p.ca.URL()))
 	return nil
 }
 
@@ -158,16 +159,16 @@ func (p *program) authority(ctx context.Context, conn *pgx.Conn, contents *pki.C
 		return nil
 	}
 	// Only now: a record without keys would be a CA that can never start.
-	return postgres.RecordRoot(ctx, conn, pki.Fingerprint(contents.Root))
+	return postgres.RecordRoot(ctx, conn, x509util.Fingerprint(contents.Root))
 }
 
 // allowed decides whether what is missing may be made. A CA is made only where
 // there are no keys and the database has never known one.
 func (p *program) allowed(ctx context.Context, conn *pgx.Conn, contents *pki.Contents, recorded string, importing bool) error {
 	const wayBack = "restore the volumes root-ca, step-ca-certs and step-ca-secrets from the backup that belongs to this database"
-	if contents.Root != nil && recorded != "" && recorded != pki.Fingerprint(contents.Root) {
+	if contents.Root != nil && recorded != "" && recorded != x509util.Fingerprint(contents.Root) {
 		return oneshot.WithHint(
-			fmt.Errorf("the database belongs to the CA with root %s, the keys here to root %s", recorded, pki.Fingerprint(contents.Root)),
+			fmt.Errorf("the database belongs to the CA with root %s, the keys here to root %s", recorded, x509util.Fingerprint(contents.Root)),
 			"bring database and keys from the same backup")
 	}
 	missing := contents.Missing()
@@ -213,7 +214,7 @@ func (p *program) render(ctx context.Context, contents *pki.Contents) error {
 	var defaults, ca []byte // unknown in a check before the keys are made: any content will differ
 	if len(contents.Missing()) == 0 {
 		var err error
-		if defaults, err = caconfig.Defaults(p.store, pki.Fingerprint(contents.Root)); err != nil {
+		if defaults, err = caconfig.Defaults(p.store, x509util.Fingerprint(contents.Root)); err != nil {
 			return err
 		}
 		if ca, err = caconfig.Render(p.ca, p.store, contents.Admin, postgres.RuntimeDSN(p.db, passfile)); err != nil {

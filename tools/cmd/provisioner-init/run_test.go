@@ -18,8 +18,8 @@ import (
 	authority "github.com/smallstep/certificates/authority/config"
 	"github.com/stretchr/testify/require"
 	"go.step.sm/crypto/pemutil"
+	"go.step.sm/crypto/x509util"
 
-	"github.com/infra-pki/infra-pki/tools/internal/pki"
 	"github.com/infra-pki/infra-pki/tools/internal/postgrestest"
 )
 
@@ -75,7 +75,7 @@ func TestScripts(t *testing.T) {
 	params.Cmds["root"] = func(ts *testscript.TestScript, _ bool, _ []string) {
 		cert, err := pemutil.ReadCertificate(ts.MkAbs("home/certs/root_ca.crt"))
 		ts.Check(err)
-		ts.Setenv("ROOT", pki.Fingerprint(cert))
+		ts.Setenv("ROOT", x509util.Fingerprint(cert))
 	}
 	params.Condition = func(cond string) (bool, error) {
 		if cond == "root" {

@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	"go.step.sm/crypto/x509util"
 	"golang.org/x/crypto/ssh"
 
 	"github.com/infra-pki/infra-pki/tools/internal/durable"
@@ -111,7 +112,7 @@ func differences(url, what, path string, local, live []string) error {
 func rootNames(b trustbundle.Bundle) []string {
 	var names []string
 	for _, c := range b.Roots() {
-		names = append(names, trustbundle.Fingerprint(c))
+		names = append(names, x509util.Fingerprint(c))
 	}
 	return names
 }
@@ -144,7 +145,7 @@ func (s source) files(out string) (map[string][]byte, error) {
 		"root_ca.der":    current.Raw,
 		"roots.pem":      s.bundle.PEM(),
 		"truststore.p12": store,
-		"fingerprint":    []byte(trustbundle.Fingerprint(current) + "\n"),
+		"fingerprint":    []byte(x509util.Fingerprint(current) + "\n"),
 	}
 	if s.host != nil {
 		files["ssh_host_ca.pub"] = ssh.MarshalAuthorizedKey(s.host)

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"path/filepath"
 	"time"
+
+	"go.step.sm/crypto/x509util"
 )
 
 // Import reads a root and an intermediate that were made elsewhere, laid out as
@@ -58,7 +60,7 @@ func (c *Contents) gaps(problems []error) []error {
 func (c *Contents) Adopt(imported *Authority) error {
 	if c.Root != nil {
 		if !c.Root.Equal(imported.Root) {
-			return fmt.Errorf("the root to import (%s) is not the root of this CA (%s)", Fingerprint(imported.Root), Fingerprint(c.Root))
+			return fmt.Errorf("the root to import (%s) is not the root of this CA (%s)", x509util.Fingerprint(imported.Root), x509util.Fingerprint(c.Root))
 		}
 	} else if c.RootKey != nil {
 		if err := belongs(c.RootKey, imported.Root, "root"); err != nil {

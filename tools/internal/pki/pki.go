@@ -14,9 +14,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/rsa"
-	"crypto/sha256"
 	"crypto/x509"
-	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -67,13 +65,6 @@ type Authority struct {
 type AdminKey struct {
 	Public    *jose.JSONWebKey `json:"key"`
 	Encrypted string           `json:"encryptedKey"` // JWE, compact
-}
-
-// Fingerprint is the lower-case hex SHA-256 of the certificate, as
-// "step certificate fingerprint" prints it.
-func Fingerprint(cert *x509.Certificate) string {
-	sum := sha256.Sum256(cert.Raw)
-	return hex.EncodeToString(sum[:])
 }
 
 // slot is one file of the store.

@@ -16,6 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.step.sm/crypto/minica"
 	"go.step.sm/crypto/pemutil"
+	"go.step.sm/crypto/x509util"
 
 	"github.com/infra-pki/infra-pki/tools/internal/config"
 )
@@ -356,7 +357,7 @@ func TestAnotherRootIsNotImportedOverTheCA(t *testing.T) {
 	ca, err := minica.New()
 	require.NoError(t, err)
 	require.EqualError(t, c.Adopt(&Authority{Root: ca.Root}),
-		"the root to import ("+Fingerprint(ca.Root)+") is not the root of this CA ("+Fingerprint(c.Root)+")")
+		"the root to import ("+x509util.Fingerprint(ca.Root)+") is not the root of this CA ("+x509util.Fingerprint(c.Root)+")")
 	require.NoError(t, c.Adopt(&Authority{Root: c.Root}))
 }
 

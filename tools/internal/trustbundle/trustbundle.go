@@ -11,9 +11,7 @@ package trustbundle
 import (
 	"bytes"
 	"cmp"
-	"crypto/sha256"
 	"crypto/x509"
-	"encoding/hex"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -22,6 +20,7 @@ import (
 	"slices"
 	"time"
 
+	"go.step.sm/crypto/x509util"
 	"software.sslmate.com/src/go-pkcs12"
 )
 
@@ -77,7 +76,7 @@ func parse(data []byte, now time.Time) (Bundle, []error) {
 			problems = append(problems, fmt.Errorf("certificate %d: %w", i+1, err))
 			continue
 		}
-		if fp := Fingerprint(cert); !seen[fp] {
+		if fp := x509util.Fingerprint(cert); !seen[fp] {
 			seen[fp] = true
 			b.roots = append(b.roots, cert)
 		}
@@ -86,7 +85,7 @@ func parse(data []byte, now time.Time) (Bundle, []error) {
 		return Bundle{}, problems
 	}
 	b.current = b.roots[0]
-	slices.SortFunc(b.roots, func(x, y *x509.Certificate) int { return cmp.Compare(Fingerprint(x), Fingerprint(y)) })
+	slices.SortFunc(b.roots, func(x, y *x509.Certificate) int { return cmp.Compare(x509util.Fingerprint(x), x509util.Fingerprint(y)) })
 	return b, nil
 }
 
@@ -174,7 +173,7 @@ func (b Bundle) PKCS12() ([]byte, error) {
 	entries := make([]pkcs12.TrustStoreEntry, 0, len(b.roots))
 	for _, c := range b.roots {
 		// Of two entries with one alias Java keeps one, and subjects may be equal.
-		entries = append(entries, pkcs12.TrustStoreEntry{Cert: c, FriendlyName: "root-" + Fingerprint(c)[:16]})
+		entries = append(entries, pkcs12.TrustStoreEntry{Cert: c, FriendlyName: "root-" + x509util.Fingerprint(c)[:16]})
 	}
 	data, err := pkcs12.Modern2023.EncodeTrustStoreEntries(entries, Password)
 	if err != nil {
@@ -187,12 +186,6 @@ func (b Bundle) PKCS12() ([]byte, error) {
 func (b Bundle) SamePKCS12(data []byte) bool {
 	certs, err := pkcs12.DecodeTrustStore(data, Password)
 	return err == nil && slices.EqualFunc(certs, b.roots, (*x509.Certificate).Equal)
-}
-
-// Fingerprint is the SHA-256 of the certificate's DER, in lower hex.
-func Fingerprint(cert *x509.Certificate) string {
-	sum := sha256.Sum256(cert.Raw)
-	return hex.EncodeToString(sum[:])
 }
 
 func readFile(path string) ([]byte, error) {

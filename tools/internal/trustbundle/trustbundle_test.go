@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"go.step.sm/crypto/x509util"
 )
 
 var now = time.Date(2026, 5, 1, 12, 0, 0, 0, time.UTC)
@@ -74,7 +75,7 @@ func TestParseKeepsEachRootOnceAndInOrder(t *testing.T) {
 	require.NoError(t, err)
 	require.Len(t, b.Roots(), 2)
 	require.Equal(t, two, PEM(b.Current()), "the current root is the first of the file")
-	require.Less(t, Fingerprint(b.Roots()[0]), Fingerprint(b.Roots()[1]))
+	require.Less(t, x509util.Fingerprint(b.Roots()[0]), x509util.Fingerprint(b.Roots()[1]))
 
 	other, err := Parse(join(one, two), now)
 	require.NoError(t, err)
@@ -127,7 +128,7 @@ func TestOtherProgramsReadTheBundle(t *testing.T) {
 	})
 	t.Run("openssl tells the same fingerprint", func(t *testing.T) {
 		out := tool(t, "openssl", "x509", "-in", der, "-inform", "DER", "-noout", "-fingerprint", "-sha256")
-		require.Contains(t, strings.ToLower(strings.ReplaceAll(out, ":", "")), "="+Fingerprint(b.Current()))
+		require.Contains(t, strings.ToLower(strings.ReplaceAll(out, ":", "")), "="+x509util.Fingerprint(b.Current()))
 	})
 	t.Run("keytool reads the trust store", func(t *testing.T) {
 		out := tool(t, "keytool", "-J-Duser.language=en", "-list", "-keystore", p12, "-storepass", Password)
