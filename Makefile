@@ -20,7 +20,7 @@ help: ## show this help
 up: env check ## start the stack, prove it with a certificate, say what comes next
 	@$(COMPOSE) up -d --wait
 	@$(MAKE) apply
-	@$(COMPOSE) run --rm -T pkictl probe --ca-url "https://127.0.0.1:$$($(COMPOSE) port caddy 9000 | sed 's/.*://')"
+	@$(COMPOSE) run --rm -T pkictl probe --allow-refusal --ca-url "https://127.0.0.1:$$($(COMPOSE) port caddy 9000 | sed 's/.*://')"
 	@$(MAKE) summary
 
 .PHONY: env
@@ -54,6 +54,8 @@ apply:
 
 .PHONY: check
 check: images ## test .env without starting anything
+	@unreadable=$$(find caddy/Caddyfile postgres step-ca/reload.sh ! -perm -o=r); test -z "$$unreadable" \
+		|| { echo "check: error: containers cannot read: $$unreadable"; echo 'check: hint: chmod -R go+rX caddy postgres step-ca (the checkout was made with a strict umask)'; exit 2; } >&2
 	@test -f .env || { echo 'check: error: there is no .env'; echo 'check: hint: "make up" writes one, or copy .env.example'; exit 2; } >&2
 	@docker run --rm --network none --user "$$(id -u):$$(id -g)" --volume "$(CURDIR)/.env:/.env:ro" $(TOOLS_IMAGE) config-check --env-file /.env
 	@$(COMPOSE) config --quiet

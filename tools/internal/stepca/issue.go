@@ -110,10 +110,11 @@ func (c *Certificate) Leaf() *x509.Certificate { return c.Chain[0] }
 type signRequest struct {
 	CSR      string `json:"csr"`
 	OTT      string `json:"ott"`
-	NotAfter string `json:"notAfter"`
+	NotAfter string `json:"notAfter,omitempty"`
 }
 
 // Issue asks for a certificate for the DNS name, with a token of p, and verifies it.
+// With a lifetime of 0 the CA decides.
 func (c *Client) Issue(ctx context.Context, p *JWK, name string, lifetime time.Duration, key crypto.Signer) (*Certificate, error) {
 	token, err := p.token(c.base+"/1.0/sign", name, time.Now())
 	if err != nil {
@@ -123,10 +124,11 @@ func (c *Client) Issue(ctx context.Context, p *JWK, name string, lifetime time.D
 	if err != nil {
 		return nil, fmt.Errorf("making a certificate request: %w", err)
 	}
-	return c.obtain(ctx, c.http, "/1.0/sign", name, key, signRequest{
-		CSR: string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: csr})),
-		OTT: token, NotAfter: lifetime.String(),
-	})
+	request := signRequest{CSR: string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: csr})), OTT: token}
+	if lifetime > 0 {
+		request.NotAfter = lifetime.String()
+	}
+	return c.obtain(ctx, c.http, "/1.0/sign", name, key, request)
 }
 
 // Renew asks for a successor of cert over mTLS, on a connection of its own, and
