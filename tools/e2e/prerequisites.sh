@@ -5,9 +5,9 @@
 set -euo pipefail
 
 die() { # error, hint
-	printf 'prerequisites: error: %s\n' "$1" >&2
-	printf 'prerequisites: hint: %s\n' "$2" >&2
-	exit 1
+  printf 'prerequisites: error: %s\n' "$1" >&2
+  printf 'prerequisites: hint: %s\n' "$2" >&2
+  exit 1
 }
 
 have() { command -v "$1" >/dev/null; }
@@ -17,17 +17,17 @@ have go || die "looking for the go command: not found" "install Go 1.21 or newer
 
 # command:package; a path where the command is not on PATH.
 needed=(
-	git:git
-	ip:iproute2
-	openssl:openssl
-	sha256sum:coreutils
-	shellcheck:shellcheck
-	yamllint:yamllint
-	/usr/lib/postgresql/15/bin/postgres:postgresql-15
+  git:git
+  ip:iproute2
+  openssl:openssl
+  sha256sum:coreutils
+  shellcheck:shellcheck
+  yamllint:yamllint
+  /usr/lib/postgresql/15/bin/postgres:postgresql-15
 )
 missing=()
 for item in "${needed[@]}"; do
-	have "${item%%:*}" || missing+=("${item#*:}")
+  have "${item%%:*}" || missing+=("${item#*:}")
 done
 ((${#missing[@]})) || exit 0
 
@@ -38,25 +38,25 @@ have apt-get || die "missing: ${missing[*]}" "install the packages of these Debi
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 bounded() { # seconds, command
-	timeout --kill-after=10 "$1" env DEBIAN_FRONTEND=noninteractive "${@:2}" >>"$log" 2>&1
+  timeout --kill-after=10 "$1" env DEBIAN_FRONTEND=noninteractive "${@:2}" >>"$log" 2>&1
 }
 
 begin=$SECONDS
 printf 'prerequisites: installing %s' "${missing[*]}"
 failed() {
-	printf ': failed, the log ends with:\n'
-	tail -n 15 "$log" | sed 's/^/    /' >&2
-	die "installing ${missing[*]}" "as root: apt-get update && $install"
+  printf ': failed, the log ends with:\n'
+  tail -n 15 "$log" | sed 's/^/    /' >&2
+  die "installing ${missing[*]}" "as root: apt-get update && $install"
 }
 
 # The tests run servers of their own; the package would make and start one more.
 if [[ " ${missing[*]} " == *" postgresql-15 "* && ! -e /etc/postgresql-common ]]; then
-	mkdir -p /etc/postgresql-common/createcluster.d
-	echo 'create_main_cluster = false' >/etc/postgresql-common/createcluster.d/infra-pki.conf
+  mkdir -p /etc/postgresql-common/createcluster.d
+  echo 'create_main_cluster = false' >/etc/postgresql-common/createcluster.d/infra-pki.conf
 fi
 # The package lists may be absent or old; asking for them costs time, so only then.
 bounded 300 apt-get -o DPkg::Lock::Timeout=60 install -y --no-install-recommends "${missing[@]}" || {
-	bounded 120 apt-get update || failed
-	bounded 300 apt-get -o DPkg::Lock::Timeout=60 install -y --no-install-recommends "${missing[@]}" || failed
+  bounded 120 apt-get update || failed
+  bounded 300 apt-get -o DPkg::Lock::Timeout=60 install -y --no-install-recommends "${missing[@]}" || failed
 }
 printf ' (%d s)\n' $((SECONDS - begin))
