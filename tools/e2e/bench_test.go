@@ -72,10 +72,16 @@ func imageRow(b *testing.B, image string) string {
 	size, err := strconv.ParseFloat(strings.TrimSpace(stack.Docker(b, "image", "inspect", "--format", "{{.Size}}", image).OK(b).Stdout), 64)
 	require.NoError(b, err)
 	note := ""
-	if stack.Docker(b, "image", "inspect", "--format", `{{index .Config.Labels "infra-pki.look-alike"}}`, image).OK(b).Stdout == "true\n" {
+	if builtHere(b, image) {
 		note = " (built by tools/airgap)"
 	}
 	return fmt.Sprintf("| %s%s | %.0f |\n", image, note, size/1e6)
+}
+
+// builtHere tells whether an image, or that of a container, is a look-alike.
+func builtHere(tb testing.TB, object string) bool {
+	tb.Helper()
+	return stack.Docker(tb, "inspect", "--format", `{{index .Config.Labels "infra-pki.look-alike"}}`, object).OK(tb).Stdout == "true\n"
 }
 
 // inContainer is how long the last run of a one-shot has taken: from the start of

@@ -53,7 +53,13 @@ func TestNoSecretIsInAProcess(t *testing.T) {
 					continue // a health check that has ended
 				}
 				require.NoError(t, err)
-				require.Empty(t, s.Find(string(data)), "secrets in %s of process %s of %s", file, pid, name)
+				found := s.Find(string(data))
+				if name == "postgres" && file == "environ" && !builtHere(t, s.Containers()[name].ID) {
+					// The stock entrypoint leaves it there, for root and the server itself to
+					// read, who can read /run/secrets too (docker-library/postgres, file_env).
+					found = slices.DeleteFunc(found, func(f string) bool { return strings.HasPrefix(f, "POSTGRES_PASSWORD ") })
+				}
+				require.Empty(t, found, "secrets in %s of process %s of %s", file, pid, name)
 			}
 		}
 	}
