@@ -32,8 +32,11 @@ env: images
 summary:
 	@url="https://$$($(COMPOSE) config --format json | sed -n 's/.*"DOMAIN_CA": "\(.*\)",*/\1/p' | head -n 1):$$($(COMPOSE) port caddy 9000 | sed 's/.*://')"; \
 	fingerprint=$$($(COMPOSE) exec -T step-ca step certificate fingerprint certs/root_ca.crt); \
-	printf '\n  CA URL            %s\n  root fingerprint  %s\n  ACME directory    %s/acme/acme/directory\n\n' "$$url" "$$fingerprint" "$$url"; \
-	printf '  make trust   root, fingerprint and SSH CA keys into ./trust\n  make init    apply an edited .env (allow-list, provisioners, lifetimes)\n  make status  what runs\n'; \
+	printf '\n  CA URL            %s\n  root fingerprint  %s\n' "$$url" "$$fingerprint"; \
+	acme=/acme/acme/directory; \
+	if $(COMPOSE) exec -T step-ca curl -fs -o /dev/null --cacert certs/root_ca.crt "https://localhost:9000$$acme"; then \
+		printf '  ACME directory    %s\n' "$$url$$acme"; fi; \
+	printf '\n  make trust   root, fingerprint and SSH CA keys into ./trust\n  make init    apply an edited .env (allow-list, provisioners, lifetimes)\n  make status  what runs\n'; \
 	printf '  on a client: step ca bootstrap --ca-url %s --fingerprint %s\n\n' "$$url" "$$fingerprint"
 
 .PHONY: down
