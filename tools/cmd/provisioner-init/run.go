@@ -147,6 +147,11 @@ func (p *program) authority(ctx context.Context, conn *pgx.Conn, contents *pki.C
 	if err := p.allowed(ctx, conn, contents, recorded, imported != nil); err != nil {
 		return err
 	}
+	if !p.check {
+		if err := contents.Sweep(); err != nil {
+			return writing(err)
+		}
+	}
 	for _, file := range contents.Missing() {
 		if !p.check {
 			if err := file.Create(); err != nil {

@@ -7,8 +7,8 @@
 //	rename or link to dir/name
 //	fsync(dir)
 //
-// What a killed writer leaves behind is a .tmp file, which the next write of the
-// same name removes. Contents live in memory: these are keys and configuration.
+// What a killed writer leaves behind is a .tmp file, which Sweep removes; so does
+// the next write of the same name. Contents live in memory: these are keys and configuration.
 package durable
 
 import (
@@ -58,6 +58,9 @@ func Compare(path string, data []byte, mode fs.FileMode) (Outcome, error) {
 // WriteIfChanged brings the file at path to data and mode. A file that already is
 // so keeps its modification time.
 func WriteIfChanged(path string, data []byte, mode fs.FileMode) (Outcome, error) {
+	if err := Sweep(path); err != nil {
+		return "", err
+	}
 	outcome, err := Compare(path, data, mode)
 	if err != nil || outcome == Unchanged {
 		return outcome, err
@@ -68,26 +71,39 @@ func WriteIfChanged(path string, data []byte, mode fs.FileMode) (Outcome, error)
 // CreateExclusive writes a new file and fails with fs.ErrExist if there is one.
 // It is for keys: they are made once and never replaced.
 func CreateExclusive(path string, data []byte, mode fs.FileMode) error {
+	if err := Sweep(path); err != nil {
+		return err
+	}
 	// link(2), unlike rename(2), refuses an existing target.
 	return place(path, data, mode, os.Link)
 }
+
+// Sweep removes what killed writers of the file left beside it. Nobody else may be
+// writing it.
+func Sweep(path string) error {
+	dir, name := filepath.Split(path)
+	stale, err := filepath.Glob(filepath.Join(dir, leftover(name)))
+	if err != nil {
+		return fmt.Errorf("looking for leftovers of %q: %w", path, err)
+	}
+	for _, s := range stale {
+		// Unlinked and never opened for writing: it may be a hard link to the file
+		// itself, of a CreateExclusive that was killed before its last step.
+		if err := os.Remove(s); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("removing a leftover: %w", err)
+		}
+	}
+	return nil
+}
+
+func leftover(name string) string { return "." + name + ".*.tmp" }
 
 func place(path string, data []byte, mode fs.FileMode, publish func(from, to string) error) (err error) {
 	dir, name := filepath.Split(path)
 	if dir == "" {
 		dir = "."
 	}
-	pattern := "." + name + ".*.tmp"
-	stale, err := filepath.Glob(filepath.Join(dir, pattern))
-	if err != nil {
-		return fmt.Errorf("looking for leftovers of %q: %w", path, err)
-	}
-	for _, s := range stale {
-		if err := os.Remove(s); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("removing a leftover: %w", err)
-		}
-	}
-	tmp, err := os.CreateTemp(dir, pattern) // 0600 until fchmod
+	tmp, err := os.CreateTemp(dir, leftover(name)) // 0600 until fchmod
 	if err != nil {
 		return fmt.Errorf("writing %q: %w", path, cause(err))
 	}

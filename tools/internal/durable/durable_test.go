@@ -23,7 +23,7 @@ func TestWriteIfChanged(t *testing.T) {
 		"a half-written file is replaced":         {put("ne", 0o640), Updated, false},
 		"an empty file is replaced":               {put("", 0o640), Updated, false},
 		"another mode alone is put right":         {put("new", 0o600), Updated, false},
-		"what a killed writer left is cleared up": {leftover, Created, false},
+		"what a killed writer left is cleared up": {half, Created, false},
 	}
 	for name, tc := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -97,7 +97,7 @@ func put(content string, mode fs.FileMode) func(*testing.T, string) {
 	}
 }
 
-func leftover(t *testing.T, path string) {
+func half(t *testing.T, path string) {
 	t.Helper()
 	require.NoError(t, os.WriteFile(filepath.Join(filepath.Dir(path), ".f.123.tmp"), []byte("half"), 0o600))
 }

@@ -31,6 +31,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"github.com/infra-pki/infra-pki/tools/internal/config"
+	"github.com/infra-pki/infra-pki/tools/internal/durable"
 	"github.com/infra-pki/infra-pki/tools/internal/oneshot"
 )
 
@@ -253,6 +254,16 @@ func alive(cert *x509.Certificate, name string, now time.Time) error {
 	case now.Before(cert.NotBefore):
 		return fmt.Errorf("the %s certificate begins on %s only; this machine's clock says %s", name,
 			cert.NotBefore.UTC().Format(time.DateOnly), now.UTC().Format(time.DateOnly))
+	}
+	return nil
+}
+
+// Sweep removes what killed runs left beside the files. Nobody else may be writing.
+func (c *Contents) Sweep() error {
+	for _, sl := range c.slots {
+		if err := durable.Sweep(sl.path); err != nil {
+			return err
+		}
 	}
 	return nil
 }
