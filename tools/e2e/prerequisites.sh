@@ -20,6 +20,7 @@ needed=(
   git:git
   ip:iproute2
   openssl:openssl
+  keytool:default-jre-headless
   sha256sum:coreutils
   shellcheck:shellcheck
   yamllint:yamllint

@@ -39,7 +39,7 @@ environment. What is already as declared is not touched.
 Exit codes: 0 done, 1 failed, 2 misconfigured, 3 drift (with --check).
 
 Examples:
-  docker compose run --rm provisioner-init --check
+  docker compose run --rm --no-deps provisioner-init --check
   docker compose up -d --wait
 `
 

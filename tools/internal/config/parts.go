@@ -69,8 +69,8 @@ func (c CA) URL() string {
 	return "https://" + net.JoinHostPort(c.Domain, strconv.Itoa(int(c.Port)))
 }
 
-// A root CA certificate is called "NAME Intermediate CA" at most, and a common
-// name has at most 64 characters (RFC 5280, ub-common-name).
+// The longer of the two common names is "NAME Intermediate CA", and one has at most
+// 64 characters (RFC 5280, ub-common-name).
 const maxPKIName = 64 - len(" Intermediate CA")
 
 // CA reads the names and lifetimes.
