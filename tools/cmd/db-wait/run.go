@@ -16,7 +16,7 @@ const usage = `Usage: db-wait [--timeout 60s]
 
 Ends with 0 once step-ca can work with its database: its role logs in over TCP
 with the parameters that stand in ca.json, the server is a writable primary, all
-tables are there and usable, and the guard on one-time tokens is in force.
+tables are there and usable, and the guards on them are in force.
 
 It waits for what time can heal: a server that is not there yet, is starting, or is
 a standby; a host name not known yet; a schema not there yet. A wrong password, a

@@ -98,3 +98,43 @@ func TestUsedTokenIsRefusedLater(t *testing.T) {
 		require.Equal(t, want, used, i)
 	}
 }
+
+// The key that enrols SSH hosts revokes nothing, through step-ca's own code; every
+// other provisioner does. Without the guards it does too, so they are the reason.
+func TestHostEnrolmentRevokesNothing(t *testing.T) {
+	d := postgrestest.New(t)
+	d.Migrate(t)
+	ca := openAsStepCA(t, d)
+	revoke := map[string]func(*db.RevokedCertificateInfo) error{"revoked_x509_certs": ca.Revoke, "revoked_ssh_certs": ca.RevokeSSH}
+	others := []string{"admin:kid", "sshpop/ssh-pop", "acme/acme", "ssh-host-jwk2:kid", "x-ssh-host-jwk:kid", ""}
+	owner := d.Owner(t)
+	for table, revoke := range revoke {
+		t.Run(table, func(t *testing.T) {
+			for _, by := range others {
+				require.NoError(t, revoke(&db.RevokedCertificateInfo{
+					Serial: by, ProvisionerID: by, Reason: `"ProvisionerID":"ssh-host-jwk:kid"`,
+				}), by)
+			}
+			enrolment := []*db.RevokedCertificateInfo{
+				{Serial: "1", ProvisionerID: "ssh-host-jwk:kid"},
+				{Serial: "2", ProvisionerID: "ssh-host-jwk:"},
+				{Serial: "3", ProvisionerID: "ssh-host-jwk:kid", Reason: `","ProvisionerID":"admin:kid`},
+				{Serial: "4", ProvisionerID: "ssh-host-jwk:kid", Reason: "\x00\xff\u2028"}, // PostgreSQL's JSON knows no NUL
+			}
+			for _, r := range enrolment {
+				require.Error(t, revoke(r), r.Serial)
+			}
+			_, err := d.Runtime(t).Exec(t.Context(), "update "+table+" set nvalue = $1", []byte(`{"ProvisionerID":"ssh-host-jwk:kid"}`))
+			require.Equal(t, "42501", codeOf(err))
+			var stored int
+			require.NoError(t, owner.QueryRow(t.Context(), "select count(*) from public."+table).Scan(&stored))
+			require.Equal(t, len(others), stored)
+
+			_, err = owner.Exec(t.Context(), "drop trigger "+table+"_by on public."+table)
+			require.NoError(t, err)
+			for _, r := range enrolment {
+				require.NoError(t, revoke(r), r.Serial)
+			}
+		})
+	}
+}

@@ -43,14 +43,16 @@ union all
 select format('role %I may not use schema public', $2)
  where not (has_schema_privilege($2, 'public', 'usage') and has_schema_privilege($2, 'public', 'create'))
 union all
-select 'the guard on used_ott is missing or off'
+select format('the guard on %I is missing or off', guarded)
+  from (values ('used_ott', 'used_ott_once'), ('revoked_x509_certs', 'revoked_x509_certs_by'),
+               ('revoked_ssh_certs', 'revoked_ssh_certs_by')) as guards (guarded, guard)
  where not exists (
   select from pg_trigger join actual on tgrelid = actual.oid
-   where name = 'used_ott' and tgname = 'used_ott_once' and tgenabled in ('O', 'A'))
+   where name = guarded and tgname = guard and tgenabled in ('O', 'A'))
 limit 1`
 
 // Ready refuses a database whose schema is not as db-migrate leaves it: all tables
-// of step-ca, usable and not owned by its role, and the guard in force.
+// of step-ca, usable and not owned by its role, and the guards in force.
 func Ready(ctx context.Context, conn *pgx.Conn) error {
 	problem, err := firstProblem(ctx, conn)
 	if err != nil || problem == "" {
