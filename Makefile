@@ -20,7 +20,7 @@ help: ## show this help
 up: env check ## start the stack, prove it with a certificate, say what comes next
 	@$(COMPOSE) up -d --wait
 	@$(MAKE) apply
-	@$(COMPOSE) run --rm -T pkictl probe --allow-refusal --ca-url "https://127.0.0.1:$$($(COMPOSE) port caddy 9000 | sed 's/.*://')"
+	@$(COMPOSE) run --rm -T probe --allow-refusal --ca-url "https://127.0.0.1:$$($(COMPOSE) port caddy 9000 | sed 's/.*://')"
 	@$(MAKE) summary
 
 .PHONY: env
@@ -51,17 +51,21 @@ init: ## apply an edited .env to the running CA and edge, without a restart
 # What runs takes what is rendered.
 .PHONY: apply
 apply:
-	@$(COMPOSE) exec -T step-ca reload || { [[ $$? == 3 ]] && $(COMPOSE) restart step-ca && $(COMPOSE) up -d --wait; }
+	@began=$$(date +%s); for service in $$($(COMPOSE) ps --services --status running | grep -x -e step-ca -e crl); do \
+		$(COMPOSE) exec -T $$service reload $$service || case $$? in \
+			3) $(COMPOSE) restart $$service && $(COMPOSE) up -d --wait ;; \
+			*) $(COMPOSE) logs --no-log-prefix --since "$$began" $$service | grep -m1 '^.*error reloading' >&2; exit 1 ;; esac; done
+	@$(COMPOSE) run --rm -T pkictl provisioners
 	@said=$$($(COMPOSE) exec -T caddy caddy reload --config /etc/caddy/Caddyfile --adapter caddyfile --address unix//run/edge/admin.sock 2>&1) \
 		|| { echo "$$said"; exit 1; } >&2; echo "caddy: follows the allow-list"
 
 .PHONY: check
 check: images ## test .env without starting anything
-	@unreadable=$$(find caddy/Caddyfile postgres step-ca/reload.sh ! -perm -o=r); test -z "$$unreadable" \
+	@unreadable=$$(find caddy/Caddyfile postgres step-ca ! -perm -o=r); test -z "$$unreadable" \
 		|| { echo "check: error: containers cannot read: $$unreadable"; echo 'check: hint: chmod -R go+rX caddy postgres step-ca (the checkout was made with a strict umask)'; exit 2; } >&2
 	@test -f .env || { echo 'check: error: there is no .env'; echo 'check: hint: "make up" writes one, or copy .env.example'; exit 2; } >&2
 	@docker run --rm --network none --user "$$(id -u):$$(id -g)" --volume "$(CURDIR)/.env:/.env:ro" $(TOOLS_IMAGE) config-check --env-file /.env
-	@$(COMPOSE) config --quiet
+	@$(COMPOSE) run --rm --no-deps -T config-check
 
 .PHONY: restart
 restart: ## restart step-ca and Caddy (connections drain for up to a minute)

@@ -1,9 +1,15 @@
 #!/bin/bash
 # Makes the step-ca of this container take a changed configuration, and says
-# whether it did. Run inside the container by "make init" and "make up"; step-ca is
-# process 1. Exit codes: 0 done or nothing to do, 1 refused, 3 only a restart helps.
+# whether it did. Run inside the container by "make init" and "make up", with the
+# service's name; step-ca is process 1. Exit codes: 0 done or nothing to do, 1 refused,
+# 3 only a restart helps.
 set -euo pipefail
 cd "$STEPPATH"
+service=$1
+case $service in
+  step-ca) config=config/ca.json ;;
+  *) config=config/$service.json ;;
+esac
 
 # This directory is a tmpfs, mounted at the container's start and never written to.
 started=.
@@ -12,13 +18,17 @@ reloaded=/tmp/step-ca-reloaded
 if [[ secrets/pgpass -nt $started ]]; then
   # The running process keeps the password that it has read (smallstep/nosql opens
   # its pool once), and a reload keeps the pool.
-  echo "step-ca: the database password changed since its start, it needs a restart"
+  echo "$service: the database password changed since its start, it needs a restart"
   exit 3
 fi
-if [[ ! config/ca.json -nt $started ]] || [[ -e $reloaded && ! config/ca.json -nt $reloaded ]]; then
-  echo "step-ca: unchanged"
+if [[ ! $config -nt $started ]] || [[ -e $reloaded && ! $config -nt $reloaded ]]; then
+  echo "$service: unchanged"
   exit
 fi
+
+# Nobody else's reload may be taken for this one (see health.sh).
+exec 9>/tmp/reload.lock
+flock -w 15 9
 
 # A refused reload is a line in the log and nothing else. An accepted one shows in
 # step-ca's own certificate, which is made anew (smallstep/certificates, ca/ca.go).
@@ -31,10 +41,10 @@ for _ in {1..50}; do
   sleep 0.2
   if after=$(own_certificate) && [[ $after != "$before" ]]; then
     touch -d "@$now" "$reloaded"
-    echo "step-ca: reloaded"
+    echo "$service: reloaded"
     exit
   fi
 done
-echo "step-ca: error: it refuses the new ca.json and keeps running with the old one" >&2
-echo "step-ca: hint: its reason is in: docker compose logs --tail 20 step-ca" >&2
+echo "$service: error: it refuses the new configuration and keeps running with the old one" >&2
+echo "$service: hint: its reason follows, or is in: docker compose logs --tail 20 $service" >&2
 exit 1

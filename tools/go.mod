@@ -14,6 +14,7 @@ require (
 	github.com/stretchr/testify v1.12.1
 	go.step.sm/crypto v0.77.1
 	golang.org/x/crypto v0.54.0
+	golang.org/x/crypto/x509roots/fallback v0.0.0-20261030153154-30a33513ff6d
 	software.sslmate.com/src/go-pkcs12 v0.7.4
 )
 

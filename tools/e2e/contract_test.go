@@ -69,15 +69,22 @@ func stays(s types.ServiceConfig) bool { return s.Restart != types.RestartPolicy
 
 // Service -> the secrets that it cannot do without.
 var leastSecrets = map[string][]string{
-	"config-check":     {"ca_password", "postgres_password", "provisioner_password", "root_ca_password", "step_ca_db_password"},
-	"postgres":         {"postgres_db", "postgres_password", "postgres_user"},
-	"db-migrate":       {"postgres_password", "step_ca_db_password"},
-	"db-wait":          {"step_ca_db_password"},
-	"provisioner-init": {"ca_password", "provisioner_password", "root_ca_password", "step_ca_db_password"},
-	"step-ca":          {"ca_password"},
-	"trust-export":     nil,
-	"caddy":            nil,
-	"pkictl":           {"provisioner_password"},
+	"config-check": {
+		"ca_password", "oidc_client_secret", "postgres_password", "provisioner_password", "root_ca_password",
+		"ssh_host_provisioner_password", "step_ca_db_password",
+	},
+	"postgres":   {"postgres_db", "postgres_password", "postgres_user"},
+	"db-migrate": {"postgres_password", "step_ca_db_password"},
+	"db-wait":    {"step_ca_db_password"},
+	"provisioner-init": {
+		"ca_password", "oidc_client_secret", "provisioner_password", "root_ca_password",
+		"ssh_host_provisioner_password", "step_ca_db_password",
+	},
+	"step-ca":      {"ca_password"},
+	"trust-export": nil,
+	"caddy":        nil,
+	"pkictl":       {"provisioner_password", "step_ca_db_password"},
+	"probe":        {"provisioner_password"},
 }
 
 func TestContractOfServices(t *testing.T) {
@@ -233,9 +240,9 @@ func TestContractOfNetworks(t *testing.T) {
 		slices.Sort(names)
 	}
 	require.Equal(t, map[string][]string{
-		"db":     {"db-migrate", "db-wait", "postgres", "provisioner-init", "step-ca"},
-		"ca":     {"caddy", "step-ca", "trust-export"},
-		"egress": {"step-ca"},
+		"db":     {"db-migrate", "db-wait", "pkictl", "postgres", "provisioner-init", "step-ca"},
+		"ca":     {"caddy", "pkictl", "step-ca", "trust-export"},
+		"egress": {"provisioner-init", "step-ca"},
 		"edge":   {"caddy"},
 	}, members)
 	require.True(t, project.Networks["db"].Internal)
@@ -282,7 +289,7 @@ func TestContractOfIPv6(t *testing.T) {
 // Invariant 10.
 func TestContractOfSettings(t *testing.T) {
 	declared := slices.Sorted(maps.Keys(example(t)))
-	text := checkedIn(t, "docker-compose.yml") + checkedIn(t, "caddy", "ipv6.yml")
+	text := checkedIn(t, "docker-compose.yml") + checkedIn(t, "caddy", "ipv6.yml") + checkedIn(t, "step-ca", "revocation.yml")
 	text = regexp.MustCompile(`(?m)(^|\s)#.*$`).ReplaceAllString(text, "")
 	used := map[string]bool{}
 	for _, m := range regexp.MustCompile(`[^$]\$\{?([A-Z][A-Z0-9_]*)`).FindAllStringSubmatch(text, -1) {
@@ -309,6 +316,9 @@ func TestContractOfSecrets(t *testing.T) {
 		require.Equal(t, strings.ToUpper(name), secret.Environment)
 		if name == "postgres_db" || name == "postgres_user" {
 			continue // handed over in this way and no secrets
+		}
+		if name == "oidc_client_secret" {
+			continue // of the provider, so there is nothing to generate
 		}
 		passwords = append(passwords, secret.Environment)
 		require.Contains(t, settings[secret.Environment], "change_me", "a placeholder that config-check refuses")

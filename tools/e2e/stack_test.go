@@ -66,7 +66,7 @@ func TestUpMakesAHealthyStackAndAgainChangesNothing(t *testing.T) {
 
 func TestMakeUpProvesTheStackAndSaysWhatComesNext(t *testing.T) {
 	s := stack.Shared(t)
-	s.Compose("run", "--rm", "-T", "pkictl", "probe", "--ca-url", "https://"+s.Address()).OK(t)
+	s.Compose("run", "--rm", "-T", "probe", "--ca-url", "https://"+s.Address()).OK(t)
 
 	fingerprint := strings.TrimSpace(contentOf(t, s.Trust(), "fingerprint"))
 	summary := s.Make("summary").OK(t).Stdout

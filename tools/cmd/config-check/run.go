@@ -11,14 +11,18 @@ import (
 	"github.com/infra-pki/infra-pki/tools/internal/config"
 	"github.com/infra-pki/infra-pki/tools/internal/dotenv"
 	"github.com/infra-pki/infra-pki/tools/internal/oneshot"
+	"github.com/infra-pki/infra-pki/tools/internal/provisioner"
 )
 
-const usage = `Usage: config-check [--env-file FILE]
+const usage = `Usage: config-check [--env-file FILE | --provisioners DIR --templates DIR]
 
-Reads every setting of the stack and reports all problems at once. It starts
-nothing and writes nothing.
+Reads every setting of the stack, the provisioners in files and the certificate
+templates, and reports all problems at once. It starts nothing and writes nothing.
 
-  --env-file FILE  read a .env file, as Compose would, in place of the environment
+  --env-file FILE     read a .env file, as Compose would, in place of the environment,
+                      and nothing else
+  --provisioners DIR  further provisioners, *.json (default /provisioners.d)
+  --templates DIR     certificate templates, *.tpl (default /templates)
 
 Exit codes: 0 all is well (warnings may be printed), 2 misconfigured.
 
@@ -30,6 +34,8 @@ Examples:
 func run(ctx context.Context, args []string, log *slog.Logger) error {
 	flags := flag.NewFlagSet("config-check", flag.ContinueOnError)
 	file := flags.String("env-file", "", "")
+	dropins := flags.String("provisioners", "/provisioners.d", "")
+	templates := flags.String("templates", "/templates", "")
 	if err := oneshot.Parse(flags, args, usage); err != nil {
 		return err
 	}
@@ -39,8 +45,13 @@ func run(ctx context.Context, args []string, log *slog.Logger) error {
 		}
 	}
 	settings := config.NewReader()
-	_, _, _ = settings.CA(), settings.Edge(), settings.Database()
+	i := settings.Issuance()
+	_, _ = settings.Edge(), settings.Database()
 	settings.AllSecrets()
+	if *file == "" {
+		_, problems := provisioner.Read(i, *dropins, *templates)
+		settings.Join(problems...)
+	}
 	for _, w := range settings.Warnings() {
 		log.LogAttrs(ctx, slog.LevelWarn, w)
 	}

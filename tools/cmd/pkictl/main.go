@@ -27,8 +27,13 @@ type command struct {
 type work func(ctx context.Context, log *slog.Logger) error
 
 var commands = map[string]command{
-	"env":   env,
-	"probe": probe,
+	"acme eab add":    eabAdd,
+	"acme eab list":   eabList,
+	"acme eab revoke": eabRevoke,
+	"env":             env,
+	"probe":           probe,
+	"provisioners":    provisioners,
+	"revoke":          revoke,
 }
 
 func main() { oneshot.Main("pkictl", run) }
@@ -37,16 +42,16 @@ func run(ctx context.Context, args []string, log *slog.Logger) error {
 	if len(args) == 0 {
 		return oneshot.Usage(errors.New("missing subcommand"))
 	}
-	name, rest := args[0], args[1:]
-	switch name {
+	switch args[0] {
 	case "help", "-h", "-help", "--help":
 		fmt.Print(help())
 		return nil
 	}
-	cmd, ok := commands[name]
-	if !ok {
-		return oneshot.Usage(fmt.Errorf("unknown subcommand %q", name))
+	name, rest, err := find(args)
+	if err != nil {
+		return oneshot.Usage(err)
 	}
+	cmd := commands[name]
 	fs := flag.NewFlagSet("pkictl "+name, flag.ContinueOnError)
 	do := cmd.setup(fs)
 	if err := oneshot.Parse(fs, rest, cmd.usage, cmd.operands...); err != nil {
@@ -55,11 +60,34 @@ func run(ctx context.Context, args []string, log *slog.Logger) error {
 	return do(ctx, log)
 }
 
+// find splits args after the name of a subcommand, which may be of several words.
+func find(args []string) (name string, rest []string, err error) {
+	var words []string
+	for _, word := range args {
+		if strings.HasPrefix(word, "-") {
+			break
+		}
+		words = append(words, word)
+		name = strings.Join(words, " ")
+		if _, ok := commands[name]; ok {
+			return name, args[len(words):], nil
+		}
+		if !slices.ContainsFunc(slices.Collect(maps.Keys(commands)), func(known string) bool { return strings.HasPrefix(known, name+" ") }) {
+			return "", nil, fmt.Errorf("unknown subcommand %q", name)
+		}
+	}
+	return "", nil, fmt.Errorf("%q is the beginning of a subcommand", name)
+}
+
 func help() string {
+	width := 0
+	for name := range commands {
+		width = max(width, len(name))
+	}
 	var b strings.Builder
 	b.WriteString("usage: pkictl SUBCOMMAND [flags] [arguments]\n\n")
 	for _, name := range slices.Sorted(maps.Keys(commands)) {
-		fmt.Fprintf(&b, "  %-8s %s\n", name, commands[name].summary)
+		fmt.Fprintf(&b, "  %-*s  %s\n", width, name, commands[name].summary)
 	}
 	b.WriteString("\n\"pkictl SUBCOMMAND --help\" shows flags and examples.\n")
 	return b.String()

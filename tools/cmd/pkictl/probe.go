@@ -5,21 +5,15 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/x509"
 	"errors"
 	"flag"
 	"fmt"
 	"log/slog"
-	"net/http"
 	"strings"
 	"time"
 
-	"go.step.sm/crypto/x509util"
-
 	"github.com/infra-pki/infra-pki/tools/internal/config"
-	"github.com/infra-pki/infra-pki/tools/internal/oneshot"
 	"github.com/infra-pki/infra-pki/tools/internal/stepca"
-	"github.com/infra-pki/infra-pki/tools/internal/trustbundle"
 )
 
 var probe = command{
@@ -45,8 +39,7 @@ Examples:
 `,
 	setup: func(fs *flag.FlagSet) work {
 		var p prober
-		fs.StringVar(&p.url, "ca-url", "https://127.0.0.1:9000", "")
-		fs.StringVar(&p.root, "root", "/trust/root_ca.crt", "")
+		p.flags(fs, "https://127.0.0.1:9000", "/trust/root_ca.crt")
 		fs.StringVar(&p.provisioner, "provisioner", "admin", "")
 		fs.DurationVar(&p.lifetime, "lifetime", 0, "")
 		fs.BoolVar(&p.allowRefusal, "allow-refusal", false, "")
@@ -55,9 +48,10 @@ Examples:
 }
 
 type prober struct {
-	url, root, provisioner string
-	lifetime               time.Duration
-	allowRefusal           bool
+	authority
+	provisioner  string
+	lifetime     time.Duration
+	allowRefusal bool
 }
 
 func (p *prober) run(ctx context.Context, log *slog.Logger) error {
@@ -67,16 +61,9 @@ func (p *prober) run(ctx context.Context, log *slog.Logger) error {
 	if err := settings.Err(); err != nil {
 		return err
 	}
-	bundle, err := trustbundle.Read(p.root, began)
+	client, err := p.client(ctx, began, log)
 	if err != nil {
-		return oneshot.WithHint(err, "trust-export publishes the root as root_ca.crt")
-	}
-	for _, root := range bundle.Roots() {
-		log.LogAttrs(ctx, slog.LevelInfo, "trusting", slog.String("root", x509util.Fingerprint(root)))
-	}
-	client, err := stepca.New(p.url, bundle.Roots()...)
-	if err != nil {
-		return oneshot.Usage(err)
+		return err
 	}
 	cert, err := p.certificate(ctx, client, password, log)
 	if p.allowRefusal && errors.Is(err, stepca.ErrClosed) {
@@ -116,31 +103,4 @@ func (p *prober) certificate(ctx context.Context, client *stepca.Client, passwor
 	}
 	log.LogAttrs(ctx, slog.LevelInfo, "renewed", slog.String("name", name), slog.String("serial", second.Leaf().SerialNumber.String()))
 	return first, nil
-}
-
-// explain adds the way out to what can go wrong.
-func (p *prober) explain(err error) error {
-	var (
-		name   x509.HostnameError
-		status *stepca.StatusError
-	)
-	switch {
-	case errors.Is(err, stepca.ErrClosed):
-		return oneshot.WithHint(err, `the edge closes connections from addresses that ALLOWED_IPS does not have; `+
-			`from this host and its containers it sees the gateway of EDGE_SUBNET (its first address), from elsewhere the client's own; `+
-			`"docker compose logs caddy" shows the address that it refused`)
-	case errors.Is(err, stepca.ErrUnreachable):
-		return oneshot.WithHint(err, `"docker compose ps" tells whether caddy and step-ca run; CA_PORT is the port that is published`)
-	case errors.As(err, &name):
-		return oneshot.WithHint(err, "the host in --ca-url must be one of PKI_DNS_NAMES, or DOMAIN_CA")
-	case errors.Is(err, stepca.ErrUntrusted):
-		return oneshot.WithHint(err, "%q is not the root of the CA at %q, or something stands between", p.root, p.url)
-	case errors.Is(err, stepca.ErrPassword):
-		return oneshot.WithHint(err, "PROVISIONER_PASSWORD must be the password that the provisioner's key was made with")
-	case errors.Is(err, stepca.ErrNoProvisioner):
-		return oneshot.WithHint(err, `the CA lists its provisioners at %s/provisioners`, p.url)
-	case errors.As(err, &status) && status.Code >= http.StatusInternalServerError:
-		return oneshot.WithHint(err, `the CA runs and cannot do its work, for want of its database as a rule: "docker compose logs step-ca"`)
-	}
-	return err
 }

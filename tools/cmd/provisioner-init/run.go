@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -21,20 +22,26 @@ import (
 	"github.com/infra-pki/infra-pki/tools/internal/oneshot"
 	"github.com/infra-pki/infra-pki/tools/internal/pki"
 	"github.com/infra-pki/infra-pki/tools/internal/postgres"
+	"github.com/infra-pki/infra-pki/tools/internal/provisioner"
 )
 
-const usage = `Usage: provisioner-init [--check] [--home DIR] [--root-ca DIR] [--allow-list DIR] [--import DIR]
+const usage = `Usage: provisioner-init [flags]
 
 Makes the CA's keys on the first run, or imports them, and renders ca.json,
 defaults.json, the database passfile and the edge's allow-list from the
-environment. What is already as declared is not touched.
+environment, the provisioners in files and the certificate templates. What is
+already as declared is not touched. A provider of OIDC that cannot be reached
+is a warning: step-ca takes it up once it answers.
 
-  --check           print what a run would do, write nothing, exit 3 if anything
-  --home DIR        step-ca's home: config/, certs/, secrets/ (default /home/step)
-  --root-ca DIR     where the root key lies (default /root-ca)
-  --allow-list DIR  where the edge looks for allow.caddy (default /allow-list)
-  --import DIR      an existing CA to take over at the first run: certs/root_ca.crt,
-                    certs/intermediate_ca.crt, secrets/intermediate_ca_key (default /import)
+  --check             print what a run would do, write nothing, exit 3 if anything
+  --home DIR          step-ca's home: config/, certs/, secrets/ (default /home/step),
+                      and trusted-roots/ for the certificates of OIDC providers
+  --root-ca DIR       where the root key lies (default /root-ca)
+  --allow-list DIR    where the edge looks for allow.caddy (default /allow-list)
+  --provisioners DIR  further provisioners, *.json (default /provisioners.d)
+  --templates DIR     certificate templates, *.tpl (default /templates)
+  --import DIR        an existing CA to take over at the first run: certs/root_ca.crt,
+                      certs/intermediate_ca.crt, secrets/intermediate_ca_key (default /import)
 
 Exit codes: 0 done, 1 failed, 2 misconfigured, 3 drift (with --check).
 
@@ -51,7 +58,8 @@ const patience = 2 * time.Minute
 
 // program is one run of provisioner-init.
 type program struct {
-	ca         config.CA
+	settings   caconfig.Settings
+	declared   *provisioner.Declared
 	edge       config.Edge
 	db         config.Database
 	dbPassword config.Secret
@@ -60,10 +68,13 @@ type program struct {
 	configDir  string
 	allowList  string
 	importDir  string
-	check      bool
-	now        time.Time
-	log        *slog.Logger
-	changes    int
+	// trustedRoots holds *.crt of further CAs that OIDC providers may have their certificate from.
+	trustedRoots string
+	check        bool
+	now          time.Time
+	log          *slog.Logger
+	changes      int
+	last         []caconfig.Provisioner // of the ca.json that is there
 }
 
 func run(ctx context.Context, args []string, log *slog.Logger) error {
@@ -74,17 +85,28 @@ func run(ctx context.Context, args []string, log *slog.Logger) error {
 	flags.StringVar(&p.store.Root, "root-ca", "/root-ca", "")
 	flags.StringVar(&p.allowList, "allow-list", "/allow-list", "")
 	flags.StringVar(&p.importDir, "import", "/import", "")
+	dropins := flags.String("provisioners", "/provisioners.d", "")
+	templates := flags.String("templates", "/templates", "")
 	if err := oneshot.Parse(flags, args, usage); err != nil {
 		return err
 	}
 	p.configDir = filepath.Join(*home, "config")
+	p.trustedRoots = filepath.Join(*home, "trusted-roots")
 	p.store.Certs = filepath.Join(*home, "certs")
 	p.store.Secrets = filepath.Join(*home, "secrets")
 
 	settings := config.NewReader()
-	p.ca, p.edge, p.db = settings.CA(), settings.Edge(), settings.Database()
+	i := settings.Issuance()
+	p.edge, p.db = settings.Edge(), settings.Database()
 	p.dbPassword = settings.RuntimePassword()
-	p.passwords = pki.Passwords{Root: settings.RootCAPassword(), CA: settings.CAPassword(), Provisioner: settings.ProvisionerPassword()}
+	p.passwords = pki.Passwords{
+		Root: settings.RootCAPassword(), CA: settings.CAPassword(),
+		Provisioner: settings.ProvisionerPassword(), SSHHost: settings.SSHHostPassword(),
+	}
+	p.settings = caconfig.Settings{Issuance: i}
+	var problems []error
+	p.declared, problems = provisioner.Read(i, *dropins, *templates)
+	settings.Join(problems...)
 	if err := settings.Err(); err != nil {
 		return err
 	}
@@ -108,10 +130,14 @@ func (p *program) converge(ctx context.Context) error {
 		return err
 	}
 
-	names := pki.Names{PKI: p.ca.Name, RootLifetime: p.ca.RootLifetime, IntermediateLifetime: p.ca.IntermediateLifetime, Now: p.now}
+	ca := p.settings.CA
+	names := pki.Names{PKI: ca.Name, RootLifetime: ca.RootLifetime, IntermediateLifetime: ca.IntermediateLifetime, Now: p.now}
 	contents, err := p.store.Open(p.passwords, names, p.now)
 	if err != nil {
 		return err
+	}
+	if p.last, err = caconfig.Provisioners(p.caJSON()); err != nil {
+		p.log.LogAttrs(ctx, slog.LevelWarn, "ca.json is damaged and will be made anew", slog.String("reason", err.Error()))
 	}
 	if err := p.authority(ctx, conn, contents); err != nil {
 		return err
@@ -119,12 +145,13 @@ func (p *program) converge(ctx context.Context) error {
 	if err := p.render(ctx, contents); err != nil {
 		return err
 	}
+	p.discover(ctx, contents.Root)
 	if p.check && p.changes > 0 {
 		return p.drift(ctx)
 	}
 	p.expiry(ctx, contents)
 	p.log.LogAttrs(ctx, slog.LevelInfo, "done", slog.Int("changes", p.changes),
-		slog.String("root", x509util.Fingerprint(contents.Root)), slog.String("url", p.ca.URL()))
+		slog.String("root", x509util.Fingerprint(contents.Root)), slog.String("url", ca.URL()))
 	return nil
 }
 
@@ -180,6 +207,9 @@ func (p *program) allowed(ctx context.Context, conn *pgx.Conn, contents *pki.Con
 	if len(missing) == 0 {
 		return nil
 	}
+	if contents.Outdated() && !slices.ContainsFunc(p.last, func(l caconfig.Provisioner) bool { return l.Name == provisioner.SSHHost }) {
+		return nil
+	}
 	if err := contents.Broken(); err != nil {
 		return oneshot.WithHint(err, wayBack)
 	}
@@ -212,29 +242,46 @@ func (p *program) allowed(ctx context.Context, conn *pgx.Conn, contents *pki.Con
 
 func (p *program) caJSON() string { return filepath.Join(p.configDir, "ca.json") }
 
+// rendered is a file that follows from settings and keys.
+type rendered struct {
+	item, path string
+	data       []byte
+	mode       fs.FileMode
+}
+
 // render writes what follows from settings and keys. ca.json comes last, since
 // its presence says that there was a CA.
 func (p *program) render(ctx context.Context, contents *pki.Contents) error {
 	passfile := filepath.Join(p.store.Secrets, "pgpass")
-	var defaults, ca []byte // unknown in a check before the keys are made: any content will differ
+	var defaults, ca, crl []byte // unknown in a check before the keys are made: any content will differ
 	if len(contents.Missing()) == 0 {
 		var err error
 		if defaults, err = caconfig.Defaults(p.store, x509util.Fingerprint(contents.Root)); err != nil {
 			return err
 		}
-		if ca, err = caconfig.Render(p.ca, p.store, contents.Admin, postgres.RuntimeDSN(p.db, passfile)); err != nil {
+		if p.settings.Provisioners, err = p.declared.List(provisioner.Keys{Admin: contents.Admin, SSHHost: contents.SSHHostJWK}); err != nil {
+			return err
+		}
+		dsn := postgres.RuntimeDSN(p.db, passfile)
+		if ca, err = caconfig.Render(p.settings, p.store, dsn); err != nil {
+			return err
+		}
+		if crl, err = caconfig.RenderCRL(p.settings, p.store, dsn); err != nil {
 			return err
 		}
 	}
-	files := []struct {
-		item, path string
-		data       []byte
-		mode       fs.FileMode
-	}{
+	files := []rendered{
 		{"database passfile", passfile, []byte(postgres.PassfileLine(p.db, p.dbPassword)), 0o400},
 		{"allow-list", filepath.Join(p.allowList, "allow.caddy"), []byte(allowList(p.edge)), 0o444},
 		{"CLI defaults", filepath.Join(p.configDir, "defaults.json"), defaults, 0o444},
-		{"CA configuration", p.caJSON(), ca, 0o444},
+	}
+	if p.settings.CA.RevocationPort != 0 {
+		files = append(files, rendered{"CRL service configuration", filepath.Join(p.configDir, "crl.json"), crl, 0o400})
+	}
+	// It has the client secret of OIDC and whatever secrets a drop-in needs.
+	files = append(files, rendered{"CA configuration", p.caJSON(), ca, 0o400})
+	if err := p.reportProvisioners(ctx, ca); err != nil {
+		return err
 	}
 	for _, f := range files {
 		write := durable.WriteIfChanged
@@ -257,6 +304,37 @@ func (p *program) render(ctx context.Context, contents *pki.Contents) error {
 		}
 		if outcome != durable.Unchanged {
 			return fmt.Errorf("reading the %s back from %q: it is not what was written", f.item, f.path)
+		}
+	}
+	return nil
+}
+
+// reportProvisioners tells which of them a changed ca.json creates, updates and removes.
+func (p *program) reportProvisioners(ctx context.Context, ca []byte) error {
+	if ca == nil {
+		return nil
+	}
+	next, err := caconfig.ReadProvisioners(ca)
+	if err != nil {
+		return err
+	}
+	find := func(list []caconfig.Provisioner, name string) int {
+		return slices.IndexFunc(list, func(l caconfig.Provisioner) bool { return l.Name == name })
+	}
+	report := func(outcome durable.Outcome, name string) {
+		p.log.LogAttrs(ctx, slog.LevelInfo, string(outcome), slog.String("provisioner", name))
+	}
+	for _, n := range next {
+		switch i := find(p.last, n.Name); {
+		case i < 0:
+			report(durable.Created, n.Name)
+		case p.last[i] != n:
+			report(durable.Updated, n.Name)
+		}
+	}
+	for _, l := range p.last {
+		if find(next, l.Name) < 0 {
+			report("removed", l.Name)
 		}
 	}
 	return nil
@@ -294,7 +372,7 @@ func (p *program) expiry(ctx context.Context, contents *pki.Contents) {
 		name string
 		end  time.Time
 	}{{"root", contents.Root.NotAfter}, {"intermediate", contents.Intermediate.NotAfter}} {
-		if left := c.end.Sub(p.now); left < max(soon, p.ca.TLSMax) {
+		if left := c.end.Sub(p.now); left < max(soon, p.settings.CA.TLS.Max) {
 			p.log.LogAttrs(ctx, slog.LevelWarn, "the "+c.name+" certificate ends soon",
 				slog.String("end", c.end.UTC().Format(time.DateOnly)), slog.Int("days", int(left.Hours()/24)))
 		}

@@ -23,6 +23,9 @@ import (
 	"github.com/infra-pki/infra-pki/tools/internal/postgrestest"
 )
 
+// templates are those of the repository.
+const templates = "../../../step-ca/templates"
+
 // volumes are the directories of a run, below $WORK.
 var volumes = []string{"root-ca", "home/config", "home/certs", "home/secrets", "allow-list", "import"}
 
@@ -36,6 +39,7 @@ func inWork() {
 	os.Args = append([]string{
 		os.Args[0], "--home=" + work + "/home", "--root-ca=" + work + "/root-ca",
 		"--allow-list=" + work + "/allow-list", "--import=" + work + "/import",
+		"--provisioners=" + work + "/provisioners.d", "--templates=" + work + "/templates",
 	}, os.Args[1:]...)
 	main()
 }
@@ -44,6 +48,7 @@ func inWork() {
 var settings = map[string]string{
 	"DOMAIN_CA": "ca.internal", "ALLOWED_IPS": "10.0.0.0/8 192.0.2.1 2001:db8::/32",
 	"CA_PASSWORD": "secret \"of` the$ CA", "ROOT_CA_PASSWORD": "secret of the röot", "PROVISIONER_PASSWORD": "secret-of-the-admin",
+	"SSH_HOST_PROVISIONER_PASSWORD": "secret-of-the-hosts",
 }
 
 // TestScripts drive the program against a PostgreSQL of their own. Further commands:
@@ -65,7 +70,11 @@ func TestScripts(t *testing.T) {
 		for name, value := range settings {
 			env.Setenv(name, value)
 		}
-		return nil
+		if err := os.Mkdir(filepath.Join(env.WorkDir, "provisioners.d"), 0o700); err != nil {
+			return err
+		}
+		shipped := os.DirFS(templates)
+		return errors.Join(os.CopyFS(filepath.Join(env.WorkDir, "templates"), shipped), os.CopyFS(filepath.Join(env.WorkDir, "shipped"), shipped))
 	}
 	params.Cmds["snapshot"] = func(ts *testscript.TestScript, _ bool, args []string) {
 		list, err := snapshot(ts.Getenv("WORK"))
@@ -118,6 +127,8 @@ func TestKilledAtAnyInstant(t *testing.T) {
 	db := postgrestest.New(t)
 	db.Migrate(t)
 	owner := db.Owner(t)
+	shipped, err := filepath.Abs(templates)
+	require.NoError(t, err)
 	const step = 60 * time.Millisecond
 	finished := 0
 	for delay := step; finished < 2 && delay < 10*time.Second; delay += step {
@@ -125,6 +136,8 @@ func TestKilledAtAnyInstant(t *testing.T) {
 		for _, dir := range volumes {
 			require.NoError(t, os.MkdirAll(filepath.Join(work, dir), 0o700))
 		}
+		require.NoError(t, os.Mkdir(filepath.Join(work, "provisioners.d"), 0o700))
+		require.NoError(t, os.Symlink(shipped, filepath.Join(work, "templates")))
 		_, err := owner.Exec(t.Context(), "delete from infra_pki.root")
 		require.NoError(t, err)
 		start := func(ctx context.Context) (string, error) {

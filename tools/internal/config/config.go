@@ -35,6 +35,31 @@ type environment struct {
 	EdgeSubnet           string `envconfig:"EDGE_SUBNET" default:"172.28.100.0/24"`
 	EdgeSubnet6          string `envconfig:"EDGE_SUBNET6"`
 	EnableACME           string `envconfig:"ENABLE_ACME" default:"true"`
+	ACMEChallenges       string `envconfig:"ACME_CHALLENGES" default:"http-01,dns-01,tls-alpn-01"`
+	ACMERequireEAB       string `envconfig:"ACME_REQUIRE_EAB" default:"false"`
+	EnableSSH            string `envconfig:"ENABLE_SSH_PROVISIONER" default:"true"`
+	SSHUserMin           string `envconfig:"SSH_USER_MIN_LIFETIME" default:"5m"`
+	SSHUserDefault       string `envconfig:"SSH_USER_DEFAULT_LIFETIME" default:"16h"`
+	SSHUserMax           string `envconfig:"SSH_USER_MAX_LIFETIME" default:"24h"`
+	SSHHostMin           string `envconfig:"SSH_HOST_MIN_LIFETIME" default:"5m"`
+	SSHHostDefault       string `envconfig:"SSH_HOST_DEFAULT_LIFETIME" default:"720h"`
+	SSHHostMax           string `envconfig:"SSH_HOST_MAX_LIFETIME" default:"720h"`
+	EnableK8s            string `envconfig:"ENABLE_K8S_PROVISIONER" default:"false"`
+	OIDCName             string `envconfig:"OIDC_NAME" default:"sso"`
+	OIDCClientID         string `envconfig:"OIDC_CLIENT_ID"`
+	OIDCEndpoint         string `envconfig:"OIDC_ENDPOINT"`
+	OIDCDomain           string `envconfig:"OIDC_DOMAIN"`
+	OIDCGroups           string `envconfig:"OIDC_GROUPS"`
+	OIDCAdmins           string `envconfig:"OIDC_ADMINS"`
+	OIDCScopes           string `envconfig:"OIDC_SCOPES"`
+	OIDCListenAddress    string `envconfig:"OIDC_LISTEN_ADDRESS"`
+	OIDCTenantID         string `envconfig:"OIDC_TENANT_ID"`
+	PolicyDNS            string `envconfig:"POLICY_DNS"`
+	PolicyIPs            string `envconfig:"POLICY_IPS"`
+	PolicyEmails         string `envconfig:"POLICY_EMAILS"`
+	PolicyWildcards      string `envconfig:"POLICY_WILDCARDS" default:"false"`
+	Organization         string `envconfig:"TLS_ORGANIZATION"`
+	RevocationPort       string `envconfig:"REVOCATION_PORT"`
 	RootLifetime         string `envconfig:"ROOT_LIFETIME" default:"87600h"`
 	IntermediateLifetime string `envconfig:"INTERMEDIATE_LIFETIME" default:"26280h"`
 	TLSMin               string `envconfig:"TLS_MIN_LIFETIME" default:"5m"`
@@ -90,7 +115,7 @@ func (r *Reader) Err() error {
 		return nil
 	}
 	return oneshot.WithHint(oneshot.WithExitCode(errors.Join(r.problems...), oneshot.ExitMisconfigured),
-		"correct .env; nothing was changed, and \"make check\" tests it without starting anything")
+		"correct .env, or the file that is named; nothing was changed, and \"make check\" tests it without starting anything")
 }
 
 // Warnings are settings that are allowed and probably not meant.
@@ -101,6 +126,9 @@ func (r *Reader) problem(setting, example, format string, args ...any) {
 	r.problems = append(r.problems,
 		fmt.Errorf("%s %s; a good value: %s", setting, fmt.Sprintf(format, args...), example))
 }
+
+// Join records problems that were found elsewhere, in files that belong to the settings.
+func (r *Reader) Join(problems ...error) { r.problems = append(r.problems, problems...) }
 
 func (r *Reader) warn(format string, args ...any) {
 	r.warnings = append(r.warnings, fmt.Sprintf(format, args...))

@@ -18,11 +18,18 @@ import (
 func good() map[string]string {
 	return map[string]string{
 		"PKI_NAME": "", "DOMAIN_CA": "ca.internal", "PKI_DNS_NAMES": "", "CA_PORT": "", "ALLOWED_IPS": "10.0.0.0/8",
-		"EDGE_SUBNET": "", "EDGE_SUBNET6": "", "ENABLE_ACME": "", "ROOT_LIFETIME": "", "INTERMEDIATE_LIFETIME": "",
+		"EDGE_SUBNET": "", "EDGE_SUBNET6": "", "REVOCATION_PORT": "", "ROOT_LIFETIME": "", "INTERMEDIATE_LIFETIME": "",
 		"LOG_FORMAT": "", "TLS_MIN_LIFETIME": "", "TLS_DEFAULT_LIFETIME": "", "TLS_MAX_LIFETIME": "",
+		"TLS_ORGANIZATION": "", "ENABLE_ACME": "", "ACME_CHALLENGES": "", "ACME_REQUIRE_EAB": "", "ENABLE_K8S_PROVISIONER": "",
+		"POLICY_DNS": "", "POLICY_IPS": "", "POLICY_EMAILS": "", "POLICY_WILDCARDS": "", "ENABLE_SSH_PROVISIONER": "",
+		"SSH_USER_MIN_LIFETIME": "", "SSH_USER_DEFAULT_LIFETIME": "", "SSH_USER_MAX_LIFETIME": "",
+		"SSH_HOST_MIN_LIFETIME": "", "SSH_HOST_DEFAULT_LIFETIME": "", "SSH_HOST_MAX_LIFETIME": "",
+		"OIDC_NAME": "", "OIDC_CLIENT_ID": "", "OIDC_CLIENT_SECRET": "", "OIDC_ENDPOINT": "", "OIDC_DOMAIN": "", "OIDC_GROUPS": "",
+		"OIDC_ADMINS": "", "OIDC_SCOPES": "", "OIDC_LISTEN_ADDRESS": "", "OIDC_TENANT_ID": "",
 		"POSTGRES_HOST": "", "POSTGRES_PORT": "", "POSTGRES_SSLMODE": "", "POSTGRES_DB": "step_ca_db", "POSTGRES_USER": "step_ca_owner",
 		"CA_PASSWORD": "secret-of-the-ca", "ROOT_CA_PASSWORD": "secret-of-the-root", "PROVISIONER_PASSWORD": "secret-of-admin",
-		"POSTGRES_PASSWORD": "secret-of-the-owner", "STEP_CA_DB_PASSWORD": "secret-of-the-role",
+		"SSH_HOST_PROVISIONER_PASSWORD": "secret-of-the-hosts",
+		"POSTGRES_PASSWORD":             "secret-of-the-owner", "STEP_CA_DB_PASSWORD": "secret-of-the-role",
 	}
 }
 
@@ -36,7 +43,7 @@ func read(t *testing.T, changes map[string]string) *Reader {
 		t.Setenv(name, value)
 	}
 	r := NewReader()
-	_, _, _ = r.CA(), r.Edge(), r.Database()
+	_, _, _ = r.Issuance(), r.Edge(), r.Database()
 	r.AllSecrets()
 	return r
 }
@@ -87,6 +94,33 @@ func TestProblems(t *testing.T) {
 			map[string]string{"STEP_CA_DB_PASSWORD": "pässwörd-of-the-role"},
 			[]string{"STEP_CA_DB_PASSWORD has a character beyond printable ASCII, which PostgreSQL's SCRAM may normalise differently on its two sides (RFC 4013); " + goodSecret},
 		},
+		"a port for revocation lists that is none": {map[string]string{"REVOCATION_PORT": "http"}, []string{`REVOCATION_PORT is not a TCP port: "http"; a good value: 9080`}},
+		"one port for two things":                  {map[string]string{"REVOCATION_PORT": "9000"}, []string{`REVOCATION_PORT is CA_PORT, too; a good value: 9080`}},
+		"a name that is kept for the CRL": {
+			map[string]string{"PKI_DNS_NAMES": "crl.lan"},
+			[]string{`PKI_DNS_NAMES or DOMAIN_CA has a name that begins with crl., which the edge keeps for the CRL: "crl.lan"; a good value: ca.lan,192.0.2.10`},
+		},
+		"an organization with a line end":                               {map[string]string{"TLS_ORGANIZATION": "a\nb"}, []string{`TLS_ORGANIZATION has a control character, or white space around it; a good value: Example Ltd`}},
+		"an organization that is too long":                              {map[string]string{"TLS_ORGANIZATION": strings.Repeat("x", 65)}, []string{`TLS_ORGANIZATION is longer than 64 characters (RFC 5280, ub-organization-name); a good value: Example Ltd`}},
+		"a challenge that is none":                                      {map[string]string{"ACME_CHALLENGES": "http-01 email-01"}, []string{`ACME_CHALLENGES has an item that is none of http-01, dns-01, tls-alpn-01: "email-01"; a good value: http-01,tls-alpn-01`}},
+		"a person's certificate that outlives its maximum":              {map[string]string{"SSH_USER_DEFAULT_LIFETIME": "48h"}, []string{`SSH_USER_DEFAULT_LIFETIME is longer than SSH_USER_MAX_LIFETIME (48h0m0s > 24h0m0s); a good value: 16h`}},
+		"a host's certificate that leaves no room for a missed renewal": {map[string]string{"SSH_HOST_DEFAULT_LIFETIME": "24h"}, []string{`SSH_HOST_DEFAULT_LIFETIME is shorter than 216h: hosts renew daily in the last third of it, and a renewal must be able to fail twice (24h0m0s); a good value: 720h`}},
+		"a provider without a client":                                   {map[string]string{"OIDC_ENDPOINT": "https://sso.lan"}, []string{`OIDC_CLIENT_ID is missing while OIDC_ENDPOINT is set; a good value: step-ca`}},
+		"a client without a provider":                                   {map[string]string{"OIDC_CLIENT_ID": "pki", "OIDC_DOMAIN": "lan.example"}, []string{`OIDC_ENDPOINT is missing while OIDC_CLIENT_ID is set; a good value: https://sso.internal/.well-known/openid-configuration`}},
+		"a provider in clear":                                           {map[string]string{"OIDC_CLIENT_ID": "pki", "OIDC_DOMAIN": "lan.example", "OIDC_ENDPOINT": "http://sso.lan"}, []string{`OIDC_ENDPOINT is not an https address with a host name; a good value: https://sso.internal/.well-known/openid-configuration`}},
+		"a provider open to the world":                                  {map[string]string{"OIDC_CLIENT_ID": "pki", "OIDC_ENDPOINT": "https://sso.lan"}, []string{`OIDC_DOMAIN is missing, and OIDC_GROUPS too: everybody with an account at the provider could get certificates; a good value: internal.lan`}},
+		"a provider that is mistaken in every way": {map[string]string{"OIDC_CLIENT_ID": "pki", "OIDC_ENDPOINT": "https://sso.lan", "OIDC_DOMAIN": "@lan", "OIDC_NAME": "s s o", "OIDC_LISTEN_ADDRESS": "0.0.0.0:1", "OIDC_SCOPES": "email"}, []string{
+			`OIDC_NAME is not a name of letters, digits, dots, dashes and underscores: "s s o"; a good value: sso`,
+			`OIDC_DOMAIN has an item that is not a domain of e-mail addresses: "@lan"; a good value: internal.lan`,
+			`OIDC_LISTEN_ADDRESS is not a port on the loopback of the person's machine: "0.0.0.0:1"; a good value: 127.0.0.1:10000`,
+			`OIDC_SCOPES lacks openid, without which there is no identity token (OpenID Connect Core 1.0, section 3.1.2.1); a good value: openid email groups`,
+		}},
+		"names that are none": {map[string]string{"POLICY_DNS": "a.*.lan my_name", "POLICY_IPS": "10.0.0.0/33", "POLICY_EMAILS": "*@lan"}, []string{
+			`POLICY_DNS has an item that is neither a name nor *. and a suffix: "a.*.lan"; a good value: *.internal,www.internal`,
+			`POLICY_DNS has an item that is neither a name nor *. and a suffix: "my_name"; a good value: *.internal,www.internal`,
+			`POLICY_IPS has an item that is neither an address nor a CIDR: "10.0.0.0/33"; a good value: 10.0.0.0/8`,
+			`POLICY_EMAILS has an item that is neither a domain nor an e-mail address: "*@lan"; a good value: internal.lan`,
+		}},
 		"several at once": {
 			map[string]string{"DOMAIN_CA": "", "CA_PORT": "0", "ALLOWED_IPS": "", "POSTGRES_DB": "", "CA_PASSWORD": "change_me_ca"},
 			[]string{
@@ -150,14 +184,78 @@ func TestWarnings(t *testing.T) {
 func TestCA(t *testing.T) {
 	ca := func(env map[string]string) CA { return read(t, env).CA() }
 	require.Equal(t, CA{
-		Name: "Internal CA", Domain: "ca.internal", Names: []string{"ca.internal", "localhost", "127.0.0.1", "step-ca"}, Port: 9000, ACME: true,
+		Name: "Internal CA", Domain: "ca.internal", Names: []string{"ca.internal", "localhost", "127.0.0.1", "step-ca"}, Port: 9000,
 		RootLifetime: 87600 * time.Hour, IntermediateLifetime: 26280 * time.Hour,
-		TLSMin: 5 * time.Minute, TLSDefault: 24 * time.Hour, TLSMax: 720 * time.Hour,
+		TLS: Lifetimes{Min: 5 * time.Minute, Default: 24 * time.Hour, Max: 720 * time.Hour},
 	}, ca(nil))
 	require.Equal(t, "https://ca.internal:9443", ca(map[string]string{"CA_PORT": "9443"}).URL())
 	require.Equal(t, []string{"ca.internal", "localhost", "127.0.0.1", "step-ca", "ca.lan", "192.0.2.10"},
 		ca(map[string]string{"PKI_DNS_NAMES": "localhost, CA.lan 192.0.2.10"}).Names)
-	require.False(t, ca(map[string]string{"ENABLE_ACME": "False"}).ACME)
+	require.Empty(t, ca(nil).RevocationURL("crl"))
+	require.Equal(t, "http://ca.internal:9080/crl", ca(map[string]string{"REVOCATION_PORT": "9080"}).RevocationURL("crl"))
+}
+
+func TestIssuance(t *testing.T) {
+	tests := map[string]struct {
+		env  map[string]string
+		want func(i *Issuance)
+	}{
+		"what is on by default": {nil, func(*Issuance) {}},
+		"ACME off":              {map[string]string{"ENABLE_ACME": "False"}, func(i *Issuance) { i.ACME.Enabled = false }},
+		"ACME with one challenge, for known accounts": {
+			map[string]string{"ACME_CHALLENGES": "dns-01", "ACME_REQUIRE_EAB": "true"},
+			func(i *Issuance) { i.ACME = ACME{Enabled: true, Challenges: []string{"dns-01"}, RequireEAB: true} },
+		},
+		"SSH off, Kubernetes on": {
+			map[string]string{"ENABLE_SSH_PROVISIONER": "false", "ENABLE_K8S_PROVISIONER": "true"},
+			func(i *Issuance) { i.SSH.Enabled, i.K8s = false, true },
+		},
+		"OIDC with an issuer in place of its discovery document": {
+			map[string]string{
+				"OIDC_CLIENT_ID": "pki", "OIDC_ENDPOINT": "https://sso.lan/realms/a/", "OIDC_DOMAIN": "Lan.example, b.example",
+				"OIDC_GROUPS": "People, Site Admins", "OIDC_ADMINS": "root@lan.example", "OIDC_SCOPES": "openid email groups",
+				"OIDC_LISTEN_ADDRESS": ":10000", "OIDC_TENANT_ID": "t", "OIDC_CLIENT_SECRET": "short",
+			},
+			func(i *Issuance) {
+				i.OIDC = OIDC{
+					Name: "sso", ClientID: "pki", ClientSecret: "short", Endpoint: "https://sso.lan/realms/a/.well-known/openid-configuration",
+					Domains: []string{"lan.example", "b.example"}, Groups: []string{"People", "Site Admins"}, Admins: []string{"root@lan.example"},
+					Scopes: []string{"openid", "email", "groups"}, ListenAddress: ":10000", TenantID: "t",
+				}
+			},
+		},
+		"names of each kind": {
+			map[string]string{
+				"POLICY_DNS": "*.Internal www.lan", "POLICY_IPS": "10.1.2.3/8,192.0.2.1", "POLICY_EMAILS": "lan.example, Root@lan.example",
+				"POLICY_WILDCARDS": "true",
+			},
+			func(i *Issuance) {
+				i.Policy = Policy{
+					DNS: []string{"*.internal", "www.lan"}, IPs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("192.0.2.1/32")},
+					Emails: []string{"@lan.example", "root@lan.example"}, Wildcards: true,
+				}
+			},
+		},
+	}
+	for name, tc := range tests {
+		t.Run(name, func(t *testing.T) {
+			r := read(t, tc.env)
+			require.NoError(t, r.Err())
+			require.Empty(t, r.Warnings())
+			want := Issuance{
+				CA:   r.CA(),
+				ACME: ACME{Enabled: true, Challenges: []string{"http-01", "dns-01", "tls-alpn-01"}},
+				SSH: SSH{
+					Enabled: true,
+					User:    Lifetimes{Min: 5 * time.Minute, Default: 16 * time.Hour, Max: 24 * time.Hour},
+					Host:    Lifetimes{Min: 5 * time.Minute, Default: 720 * time.Hour, Max: 720 * time.Hour},
+				},
+				OIDC: OIDC{Name: "sso"},
+			}
+			tc.want(&want)
+			require.Equal(t, want, r.Issuance())
+		})
+	}
 }
 
 func TestAllowedIPs(t *testing.T) {

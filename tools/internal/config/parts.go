@@ -56,18 +56,30 @@ type CA struct {
 	Domain               string   // the public name
 	Names                []string // every name of step-ca's own certificate, Domain first
 	Port                 uint16   // published
-	ACME                 bool
 	RootLifetime         time.Duration
 	IntermediateLifetime time.Duration
-	TLSMin               time.Duration
-	TLSDefault           time.Duration
-	TLSMax               time.Duration
+	TLS                  Lifetimes
+	Organization         string // in the subjects of leaf TLS certificates, none if empty
+	RevocationPort       uint16 // published, for CRL and KRL; zero if there are none
 }
 
 // URL is the address of the CA for its clients.
 func (c CA) URL() string {
 	return "https://" + net.JoinHostPort(c.Domain, strconv.Itoa(int(c.Port)))
 }
+
+// RevocationURL is where relying parties find what, "crl" or "krl", empty if nowhere.
+// It is plain HTTP, as is usual for CRLs: RFC 5280 section 8 warns of the
+// circle that TLS would make.
+func (c CA) RevocationURL(what string) string {
+	if c.RevocationPort == 0 {
+		return ""
+	}
+	return "http://" + net.JoinHostPort(c.Domain, strconv.Itoa(int(c.RevocationPort))) + "/" + what
+}
+
+// CRLPrefix begins the name under which the edge leads to the service that writes the CRL.
+const CRLPrefix = "crl."
 
 // The longer of the two common names is "NAME Intermediate CA", and one has at most
 // 64 characters (RFC 5280, ub-common-name).
@@ -79,18 +91,28 @@ func (r *Reader) CA() CA {
 		Name:                 r.env.PKIName,
 		Domain:               strings.ToLower(r.env.Domain),
 		Port:                 r.port("CA_PORT", r.env.Port, "9000"),
-		ACME:                 r.boolean("ENABLE_ACME", r.env.EnableACME),
 		RootLifetime:         r.duration("ROOT_LIFETIME", r.env.RootLifetime, "87600h"),
 		IntermediateLifetime: r.duration("INTERMEDIATE_LIFETIME", r.env.IntermediateLifetime, "26280h"),
-		TLSMin:               r.duration("TLS_MIN_LIFETIME", r.env.TLSMin, "5m"),
-		TLSDefault:           r.duration("TLS_DEFAULT_LIFETIME", r.env.TLSDefault, "24h"),
-		TLSMax:               r.duration("TLS_MAX_LIFETIME", r.env.TLSMax, "720h"),
+		TLS:                  r.lifetimes("TLS", r.env.TLSMin, r.env.TLSDefault, r.env.TLSMax, "5m", "24h", "720h"),
+		Organization:         r.env.Organization,
+	}
+	if r.env.RevocationPort != "" {
+		ca.RevocationPort = r.port("REVOCATION_PORT", r.env.RevocationPort, "9080")
+		if ca.RevocationPort == ca.Port {
+			r.problem("REVOCATION_PORT", "9080", "is CA_PORT, too")
+		}
 	}
 	switch {
-	case strings.TrimSpace(ca.Name) != ca.Name || strings.ContainsFunc(ca.Name, unicode.IsControl) || !utf8.ValidString(ca.Name):
+	case !text(ca.Name):
 		r.problem("PKI_NAME", "Internal CA", "has a control character, or white space around it")
 	case utf8.RuneCountInString(ca.Name) > maxPKIName:
 		r.problem("PKI_NAME", "Internal CA", "is longer than %d characters, so that the intermediate's common name would pass 64 (RFC 5280)", maxPKIName)
+	}
+	switch {
+	case !text(ca.Organization):
+		r.problem("TLS_ORGANIZATION", "Example Ltd", "has a control character, or white space around it")
+	case utf8.RuneCountInString(ca.Organization) > 64:
+		r.problem("TLS_ORGANIZATION", "Example Ltd", "is longer than 64 characters (RFC 5280, ub-organization-name)")
 	}
 	switch {
 	case ca.Domain == "":
@@ -105,6 +127,9 @@ func (r *Reader) CA() CA {
 	names := append([]string{ca.Domain, "localhost", "127.0.0.1", "step-ca"}, items(r.env.DNSNames)...)
 	for _, name := range names {
 		name = strings.ToLower(name)
+		if strings.HasPrefix(name, CRLPrefix) {
+			r.problem("PKI_DNS_NAMES", "ca.lan,192.0.2.10", "or DOMAIN_CA has a name that begins with %s, which the edge keeps for the CRL: %q", CRLPrefix, name)
+		}
 		if _, err := netip.ParseAddr(name); err != nil && !hostName(name) && name != ca.Domain {
 			r.problem("PKI_DNS_NAMES", "ca.lan,192.0.2.10", "has an item that is neither a host name nor an address: %q", name)
 		}
@@ -113,10 +138,14 @@ func (r *Reader) CA() CA {
 		}
 	}
 	r.order(
-		lifetime{"TLS_MIN_LIFETIME", ca.TLSMin, "5m"}, lifetime{"TLS_DEFAULT_LIFETIME", ca.TLSDefault, "24h"},
-		lifetime{"TLS_MAX_LIFETIME", ca.TLSMax, "720h"}, lifetime{"INTERMEDIATE_LIFETIME", ca.IntermediateLifetime, "26280h"},
+		lifetime{"TLS_MAX_LIFETIME", ca.TLS.Max, "720h"}, lifetime{"INTERMEDIATE_LIFETIME", ca.IntermediateLifetime, "26280h"},
 		lifetime{"ROOT_LIFETIME", ca.RootLifetime, "87600h"})
 	return ca
+}
+
+// text can stand in the subject of a certificate.
+func text(s string) bool {
+	return strings.TrimSpace(s) == s && !strings.ContainsFunc(s, unicode.IsControl) && utf8.ValidString(s)
 }
 
 type lifetime struct {
@@ -157,5 +186,5 @@ func hostName(s string) bool {
 
 // items splits a list at commas and white space.
 func items(s string) []string {
-	return strings.FieldsFunc(s, func(c rune) bool { return c == ',' || unicode.IsSpace(c) })
+	return slices.Collect(strings.FieldsFuncSeq(s, func(c rune) bool { return c == ',' || unicode.IsSpace(c) }))
 }

@@ -41,7 +41,10 @@ const (
 
 // SecretNames lists the secrets; each can also be given as NAME_FILE.
 func SecretNames() []string {
-	return []string{"CA_PASSWORD", "ROOT_CA_PASSWORD", "PROVISIONER_PASSWORD", "POSTGRES_PASSWORD", "STEP_CA_DB_PASSWORD"}
+	return []string{
+		"CA_PASSWORD", "ROOT_CA_PASSWORD", "PROVISIONER_PASSWORD", "SSH_HOST_PROVISIONER_PASSWORD",
+		"POSTGRES_PASSWORD", "STEP_CA_DB_PASSWORD", oidcClientSecret,
+	}
 }
 
 // CAPassword protects the intermediate key and both SSH CA keys.
@@ -53,6 +56,9 @@ func (r *Reader) RootCAPassword() Secret { return r.secret("ROOT_CA_PASSWORD") }
 // ProvisionerPassword protects the key of the admin provisioner, whose encrypted
 // form step-ca gives to every admitted client.
 func (r *Reader) ProvisionerPassword() Secret { return r.secret("PROVISIONER_PASSWORD") }
+
+// SSHHostPassword protects the key of the provisioner ssh-host-jwk, as PROVISIONER_PASSWORD does that of admin.
+func (r *Reader) SSHHostPassword() Secret { return r.secret("SSH_HOST_PROVISIONER_PASSWORD") }
 
 // OwnerPassword is the password of the role that owns the database.
 func (r *Reader) OwnerPassword() Secret { return r.databaseSecret("POSTGRES_PASSWORD") }
@@ -71,6 +77,16 @@ func (r *Reader) databaseSecret(name string) Secret {
 		}
 	}
 	return s
+}
+
+// oidcClientSecret is chosen by the provider, so it may be missing or short.
+const oidcClientSecret = "OIDC_CLIENT_SECRET" //nolint:gosec // G101: a name
+
+func (r *Reader) oidcClientSecret() Secret {
+	if value, err := lookupSecret(oidcClientSecret); err == nil && value == "" {
+		return ""
+	}
+	return r.secret(oidcClientSecret)
 }
 
 func (r *Reader) secret(name string) Secret {
@@ -96,7 +112,7 @@ func (r *Reader) secret(name string) Secret {
 		r.problem(name, secretExample, "has a line end or a NUL byte in it")
 		return ""
 	}
-	if len(value) < shortSecret {
+	if len(value) < shortSecret && name != oidcClientSecret {
 		r.warn("%s is shorter than %d bytes and can be guessed by whoever gets hold of an encrypted key", name, shortSecret)
 	}
 	for _, other := range SecretNames() {
@@ -132,5 +148,6 @@ func lookupSecret(name string) (string, error) {
 
 // AllSecrets checks every secret.
 func (r *Reader) AllSecrets() {
-	_, _, _, _, _ = r.CAPassword(), r.RootCAPassword(), r.ProvisionerPassword(), r.OwnerPassword(), r.RuntimePassword()
+	_, _, _, _ = r.CAPassword(), r.RootCAPassword(), r.ProvisionerPassword(), r.SSHHostPassword()
+	_, _ = r.OwnerPassword(), r.RuntimePassword()
 }

@@ -1,9 +1,9 @@
 // Package pki makes and keeps the keys and CA certificates of the authority: the
-// root, the intermediate, the SSH host and user CA keys, and the key of the
-// admin provisioner.
+// root, the intermediate, the SSH host and user CA keys, and the keys of the
+// JWK provisioners.
 //
 // Keys are made once and never replaced. They lie on disk as encrypted PKCS#8
-// (PBES2, RFC 8018), the admin key as JWE, each under its own password. The
+// (PBES2, RFC 8018), those of provisioners as JWE, each under its own password. The
 // files come into being in the order of Store.slots; a run that is killed leaves
 // a beginning of that list, which the next run completes.
 package pki
@@ -48,6 +48,7 @@ type Passwords struct {
 	Root        config.Secret
 	CA          config.Secret
 	Provisioner config.Secret
+	SSHHost     config.Secret // of the provisioner ssh-host-jwk
 }
 
 // Authority is what a Store holds. A field is nil where the file is missing.
@@ -58,12 +59,13 @@ type Authority struct {
 	Intermediate    *x509.Certificate
 	SSHHostKey      crypto.Signer
 	SSHUserKey      crypto.Signer
-	Admin           *AdminKey
+	Admin           *ProvisionerKey
+	SSHHostJWK      *ProvisionerKey
 }
 
-// AdminKey is the key of the admin provisioner as step-ca takes it: the public
+// ProvisionerKey is the key of a JWK provisioner as step-ca takes it: the public
 // half in clear, the private half encrypted.
-type AdminKey struct {
+type ProvisionerKey struct {
 	Public    *jose.JSONWebKey `json:"key"`
 	Encrypted string           `json:"encryptedKey"` // JWE, compact
 }
@@ -77,6 +79,8 @@ type slot struct {
 	read func(a *Authority, data []byte) error
 	// write makes the content from the authority; what is missing in the authority is generated.
 	write func(a *Authority) ([]byte, error)
+	// added: a CA that an earlier release made does not have it.
+	added bool
 }
 
 // RootKeyPath is the only file that may be absent from a complete store: a root
@@ -139,6 +143,19 @@ func (s Store) slots(p Passwords, names Names) []slot {
 			write: func(a *Authority) ([]byte, error) { return authorizedKey(*field(a)) },
 		}
 	}
+	jwk := func(item, name, setting string, password config.Secret, field func(*Authority) **ProvisionerKey) slot {
+		return slot{
+			item: item, path: filepath.Join(s.Secrets, name), mode: secret,
+			read: func(a *Authority, data []byte) (err error) {
+				*field(a), err = openJWK(data, setting, password)
+				return err
+			},
+			write: func(a *Authority) ([]byte, error) { return makeJWK(field(a), password) },
+		}
+	}
+	sshHostJWK := jwk("SSH host provisioner key", "ssh_host_jwk.json", "SSH_HOST_PROVISIONER_PASSWORD", p.SSHHost,
+		func(a *Authority) **ProvisionerKey { return &a.SSHHostJWK })
+	sshHostJWK.added = true
 	return []slot{
 		key("root key", s.RootKeyPath(), "ROOT_CA_PASSWORD", p.Root, func(a *Authority) *crypto.Signer { return &a.RootKey }),
 		cert("root certificate", s.RootPath(), func(a *Authority) **x509.Certificate { return &a.Root }, names.root),
@@ -148,14 +165,9 @@ func (s Store) slots(p Passwords, names Names) []slot {
 		sshPublic("SSH host CA public key", filepath.Join(s.Certs, "ssh_host_ca_key.pub"), func(a *Authority) *crypto.Signer { return &a.SSHHostKey }),
 		key("SSH user CA key", s.SSHUserKeyPath(), "CA_PASSWORD", p.CA, func(a *Authority) *crypto.Signer { return &a.SSHUserKey }),
 		sshPublic("SSH user CA public key", filepath.Join(s.Certs, "ssh_user_ca_key.pub"), func(a *Authority) *crypto.Signer { return &a.SSHUserKey }),
-		{
-			item: "admin provisioner key", path: filepath.Join(s.Secrets, "admin_jwk.json"), mode: secret,
-			read: func(a *Authority, data []byte) (err error) {
-				a.Admin, err = openAdmin(data, p.Provisioner)
-				return err
-			},
-			write: func(a *Authority) ([]byte, error) { return makeAdmin(a, p.Provisioner) },
-		},
+		jwk("admin provisioner key", "admin_jwk.json", "PROVISIONER_PASSWORD", p.Provisioner,
+			func(a *Authority) **ProvisionerKey { return &a.Admin }),
+		sshHostJWK,
 	}
 }
 
@@ -291,6 +303,11 @@ func (c *Contents) Missing() []File {
 	return files
 }
 
+// Outdated says that nothing is missing but what a CA of an earlier release does not have.
+func (c *Contents) Outdated() bool {
+	return !slices.ContainsFunc(c.Missing(), func(f File) bool { return !f.slot.added })
+}
+
 // Broken reports a store in which something is missing that a killed run cannot
 // have left out: a later file is there although an earlier one is not.
 func (c *Contents) Broken() error {
@@ -382,15 +399,15 @@ func authorizedKey(key crypto.Signer) ([]byte, error) {
 	return ssh.MarshalAuthorizedKey(pub), nil
 }
 
-func openAdmin(data []byte, password config.Secret) (*AdminKey, error) {
-	key := &AdminKey{}
+func openJWK(data []byte, setting string, password config.Secret) (*ProvisionerKey, error) {
+	key := &ProvisionerKey{}
 	if err := json.Unmarshal(data, key); err != nil || key.Public == nil || !key.Public.Valid() {
 		return nil, oneshot.WithHint(errors.New("is not a JWK, or is cut short"), "restore the file from a backup")
 	}
 	plain, err := jose.Decrypt([]byte(key.Encrypted), jose.WithPassword([]byte(password.Reveal())))
 	if err != nil {
-		return nil, oneshot.WithHint(errors.New("PROVISIONER_PASSWORD does not open it"),
-			"set PROVISIONER_PASSWORD to the value that the key was created with, or restore keys and .env from the same backup")
+		return nil, oneshot.WithHint(fmt.Errorf("%s does not open it", setting),
+			"set %s to the value that the key was created with, or restore keys and .env from the same backup", setting)
 	}
 	private := &jose.JSONWebKey{}
 	if err := json.Unmarshal(plain, private); err != nil {
@@ -405,8 +422,8 @@ func openAdmin(data []byte, password config.Secret) (*AdminKey, error) {
 	return key, nil
 }
 
-func makeAdmin(a *Authority, password config.Secret) ([]byte, error) {
-	if a.Admin == nil {
+func makeJWK(field **ProvisionerKey, password config.Secret) ([]byte, error) {
+	if *field == nil {
 		jwk, jwe, err := jose.GenerateDefaultKeyPair([]byte(password.Reveal()))
 		if err != nil {
 			return nil, fmt.Errorf("generating: %w", err)
@@ -416,7 +433,7 @@ func makeAdmin(a *Authority, password config.Secret) ([]byte, error) {
 		if err != nil {
 			return nil, fmt.Errorf("encrypting: %w", err)
 		}
-		a.Admin = &AdminKey{Public: &pub, Encrypted: compact}
+		*field = &ProvisionerKey{Public: &pub, Encrypted: compact}
 	}
-	return json.Marshal(a.Admin)
+	return json.Marshal(*field)
 }

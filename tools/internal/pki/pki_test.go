@@ -23,7 +23,7 @@ import (
 
 var (
 	now       = time.Date(2026, 5, 4, 3, 2, 1, 0, time.UTC)
-	passwords = Passwords{Root: "secret of the röot", CA: "secret \"of` the$ CA", Provisioner: "secret of the admin"}
+	passwords = Passwords{Root: "secret of the röot", CA: "secret \"of` the$ CA", Provisioner: "secret of the admin", SSHHost: "secret of the hosts"}
 	names     = Names{PKI: "Test", RootLifetime: 1000 * time.Hour, IntermediateLifetime: 100 * time.Hour, Now: now}
 )
 
@@ -69,7 +69,7 @@ func create(t *testing.T, s Store, files int) {
 	}
 }
 
-const all = 9
+const all = 10
 
 func TestCreate(t *testing.T) {
 	s := newStore(t)

@@ -4,8 +4,10 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"io"
 	"log"
 	"net"
@@ -17,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/smallstep/certificates/authority/provisioner"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/crypto/ssh"
 
@@ -102,6 +105,39 @@ func TestRealCA(t *testing.T) {
 			require.EqualError(t, c.verify(&Certificate{key: key}, "host.internal"), "there is none in the answer")
 		})
 	})
+}
+
+// More than step-ca tells at a time, and than a client may ask for at a time.
+func TestProvisionersOfManyPages(t *testing.T) {
+	var many provisioner.List
+	names := []string{stepcatest.Provisioner}
+	for i := range 130 {
+		names = append(names, fmt.Sprintf("acme-%d", i))
+		many = append(many, &provisioner.ACME{Type: "ACME", Name: names[i+1]})
+	}
+	ca := start(t, stepcatest.Options{Provisioners: many})
+	c, err := New(ca.URL, ca.Root)
+	require.NoError(t, err)
+	all, err := c.Provisioners(t.Context())
+	require.NoError(t, err)
+	var got []string
+	for _, data := range all {
+		var p struct{ Name string }
+		require.NoError(t, json.Unmarshal(data, &p))
+		got = append(got, p.Name)
+	}
+	require.ElementsMatch(t, names, got)
+}
+
+func TestProvisionersWithoutEndAreGivenUp(t *testing.T) {
+	srv := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = io.WriteString(w, `{"provisioners":[],"nextCursor":"again"}`) // httptest
+	}))
+	t.Cleanup(srv.Close)
+	c, err := New(srv.URL, srv.Certificate())
+	require.NoError(t, err)
+	_, err = c.Provisioners(t.Context())
+	require.EqualError(t, err, `asking "`+srv.URL+`/provisioners": the list has no end`)
 }
 
 func TestNoSSHCAHasNoKeys(t *testing.T) {

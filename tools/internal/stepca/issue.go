@@ -11,7 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"net/url"
+	"strings"
 	"time"
 
 	"go.step.sm/crypto/jose"
@@ -30,10 +30,7 @@ var (
 	ErrPassword = errors.New("wrong password")
 )
 
-const (
-	maxPages      = 50 // of 100 provisioners each
-	tokenLifetime = 5 * time.Minute
-)
+const tokenLifetime = 5 * time.Minute
 
 // JWK finds a JWK provisioner by name and opens its key.
 func (c *Client) JWK(ctx context.Context, name, password string) (*JWK, error) {
@@ -57,45 +54,37 @@ func (c *Client) JWK(ctx context.Context, name, password string) (*JWK, error) {
 }
 
 func (c *Client) encryptedKey(ctx context.Context, name string) (string, error) {
-	cursor := ""
-	for range maxPages {
-		var page struct {
-			Provisioners []struct {
-				Type         string `json:"type"`
-				Name         string `json:"name"`
-				EncryptedKey string `json:"encryptedKey"`
-			} `json:"provisioners"`
-			NextCursor string `json:"nextCursor"`
+	all, err := c.Provisioners(ctx)
+	if err != nil {
+		return "", err
+	}
+	for _, data := range all {
+		var p struct {
+			Type         string `json:"type"`
+			Name         string `json:"name"`
+			EncryptedKey string `json:"encryptedKey"`
 		}
-		query := url.Values{"limit": {"100"}, "cursor": {cursor}}
-		if err := c.json(ctx, c.http, http.MethodGet, "/provisioners?"+query.Encode(), nil, &page); err != nil {
-			return "", err
-		}
-		for _, p := range page.Provisioners {
-			if p.Name == name && p.Type == "JWK" && p.EncryptedKey != "" {
-				return p.EncryptedKey, nil
-			}
-		}
-		if cursor = page.NextCursor; cursor == "" {
-			break
+		// What does not read as one is a provisioner of another type.
+		if json.Unmarshal(data, &p) == nil && p.Name == name && strings.EqualFold(p.Type, "JWK") && p.EncryptedKey != "" {
+			return p.EncryptedKey, nil
 		}
 	}
 	return "", ErrNoProvisioner
 }
 
-// token makes a one-time token for a certificate with one name. audience is the
-// URL that it is meant for.
-func (p *JWK) token(audience, name string, now time.Time) (string, error) {
+// token makes a one-time token. audience is the URL that it is meant for; further
+// claims are step-ca's own.
+func (p *JWK) token(audience, subject string, further map[string]any, now time.Time) (string, error) {
 	opts := new(jose.SignerOptions).WithType("JWT").WithHeader("kid", p.key.KeyID)
 	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.SignatureAlgorithm(p.key.Algorithm), Key: p.key.Key}, opts)
 	if err != nil {
 		return "", err
 	}
 	return jose.Signed(signer).Claims(jose.Claims{
-		Issuer: p.name, Subject: name, Audience: jose.Audience{audience}, ID: rand.Text(),
+		Issuer: p.name, Subject: subject, Audience: jose.Audience{audience}, ID: rand.Text(),
 		IssuedAt: jose.NewNumericDate(now), NotBefore: jose.NewNumericDate(now),
 		Expiry: jose.NewNumericDate(now.Add(tokenLifetime)),
-	}).Claims(map[string]any{"sans": []string{name}}).CompactSerialize()
+	}).Claims(further).CompactSerialize()
 }
 
 // Certificate is an issued one with its chain (leaf first) and key.
@@ -116,7 +105,7 @@ type signRequest struct {
 // Issue asks for a certificate for the DNS name, with a token of p, and verifies it.
 // With a lifetime of 0 the CA decides.
 func (c *Client) Issue(ctx context.Context, p *JWK, name string, lifetime time.Duration, key crypto.Signer) (*Certificate, error) {
-	token, err := p.token(c.base+"/1.0/sign", name, time.Now())
+	token, err := p.token(c.base+"/1.0/sign", name, map[string]any{"sans": []string{name}}, time.Now())
 	if err != nil {
 		return nil, fmt.Errorf("making a one-time token: %w", err)
 	}

@@ -20,7 +20,9 @@ import (
 type Settings map[string]string
 
 // Secrets are the settings that nobody may learn.
-var Secrets = []string{"CA_PASSWORD", "ROOT_CA_PASSWORD", "PROVISIONER_PASSWORD", "POSTGRES_PASSWORD", "STEP_CA_DB_PASSWORD"}
+var Secrets = []string{
+	"CA_PASSWORD", "ROOT_CA_PASSWORD", "PROVISIONER_PASSWORD", "SSH_HOST_PROVISIONER_PASSWORD", "POSTGRES_PASSWORD", "STEP_CA_DB_PASSWORD",
+}
 
 // Every character that a shell, Compose, JSON, a URL, SQL or a passfile might take
 // for its own, and white space inside.

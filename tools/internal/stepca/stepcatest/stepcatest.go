@@ -1,5 +1,5 @@
 // Package stepcatest runs a real step-ca authority for tests, in the version that
-// the stack runs, without a database.
+// the stack runs.
 package stepcatest
 
 import (
@@ -22,6 +22,7 @@ import (
 	"github.com/smallstep/certificates/authority/config"
 	"github.com/smallstep/certificates/authority/provisioner"
 	"github.com/smallstep/certificates/ca"
+	"github.com/smallstep/certificates/db"
 	"go.step.sm/crypto/jose"
 	"go.step.sm/crypto/minica"
 	"golang.org/x/crypto/ssh"
@@ -35,8 +36,11 @@ const (
 
 // Options say what the authority has beyond a root, an intermediate and a JWK provisioner.
 type Options struct {
-	SSH    bool                // SSH host and user CA keys
-	Served []*x509.Certificate // further roots, served and not in Certs
+	SSH          bool                 // SSH host and user CA keys, and the provisioner may sign with them
+	Served       []*x509.Certificate  // further roots, served and not in Certs
+	Provisioners provisioner.List     // further ones
+	DataSource   string               // of a PostgreSQL database; none if empty
+	Adjust       func(*config.Config) // has the last word
 }
 
 // CA is an authority. Its directory looks like the certs directory of step-ca.
@@ -51,14 +55,17 @@ type CA struct {
 }
 
 // provisionerKey makes one key for all authorities: encrypting it is slow on purpose.
-var provisionerKey = sync.OnceValues(func() (provisioner.JWK, error) {
+var provisionerKey = sync.OnceValues(func() (*provisioner.JWK, error) { return JWK(Provisioner) })
+
+// JWK is a further JWK provisioner, which Password opens too.
+func JWK(name string) (*provisioner.JWK, error) {
 	public, private, err := jose.GenerateDefaultKeyPair([]byte(Password))
 	if err != nil {
-		return provisioner.JWK{}, err
+		return nil, err
 	}
 	encrypted, err := private.CompactSerialize()
-	return provisioner.JWK{Type: "JWK", Name: Provisioner, Key: public, EncryptedKey: encrypted}, err
-})
+	return &provisioner.JWK{Type: "JWK", Name: name, Key: public, EncryptedKey: encrypted}, err
+}
 
 // New makes keys and certificates below dir. The CA does not serve before Start.
 func New(dir string, o Options) (*CA, error) {
@@ -100,13 +107,25 @@ func New(dir string, o Options) (*CA, error) {
 	if err := errors.Join(files...); err != nil {
 		return nil, err
 	}
-	jwk, err := provisionerKey()
+	key, err := provisionerKey()
 	if err != nil {
 		return nil, err
 	}
-	cfg.AuthorityConfig.Provisioners = provisioner.List{&jwk}
+	jwk := &provisioner.JWK{
+		Type: key.Type, Name: key.Name, Key: key.Key, EncryptedKey: key.EncryptedKey,
+		Claims: &provisioner.Claims{EnableSSHCA: &o.SSH},
+	}
+	cfg.AuthorityConfig.Provisioners = append(provisioner.List{jwk}, o.Provisioners...)
+	// As in the stack (see caconfig): the start time is in whole seconds.
+	cfg.AuthorityConfig.DisableIssuedAtCheck = true
+	if o.DataSource != "" {
+		cfg.DB = &db.Config{Type: "postgresql", DataSource: o.DataSource}
+	}
 	if cfg.Address, err = freeAddress(); err != nil {
 		return nil, err
+	}
+	if o.Adjust != nil {
+		o.Adjust(cfg)
 	}
 	c.address, c.URL = cfg.Address, "https://"+cfg.Address
 	c.authority, err = ca.New(cfg, ca.WithQuiet(true))

@@ -1,0 +1,31 @@
+#!/bin/bash
+# The health check of step-ca. It also mends what step-ca cannot mend by itself: an OIDC
+# provider that did not answer when the configuration was read is a dead provisioner
+# until the next reload (smallstep/certificates#2724). GET /provisioners tells; once the
+# provider answers again, step-ca is made to read its configuration once more.
+set -euo pipefail
+cd "$STEPPATH"
+ask() { curl -fsS --max-time 2 "$@"; }
+ca() { ask --cacert certs/root_ca.crt "https://localhost:9000$1"; }
+
+ca /health >/dev/null
+
+# Twice a minute: step-ca logs the request, and a provider that it would refuse even now
+# must not cost a reload each time.
+looked=/tmp/oidc-looked
+grep -qi '"type": "oidc"' config/ca.json || exit 0
+(($(date +%s) - $(stat -c %Y "$looked" 2>/dev/null || echo 0) >= 30)) || exit 0
+touch "$looked"
+
+# One provider at a time, so that this ends in time whatever they do.
+provider=$(ca '/provisioners?limit=100' |
+  jq -r '.provisioners[] | select(.state == "Uninitialized") | .configurationEndpoint // empty' | shuf -n 1)
+[[ -n $provider ]] || exit 0
+echo "step-ca: an OIDC provider did not answer when the configuration was read: $provider"
+
+# Trusting what step-ca trusts.
+cat /etc/ssl/certs/ca-certificates.crt certs/root_ca.crt trusted-roots/*.crt >/tmp/trusted.crt 2>/dev/null || true
+if ask --cacert /tmp/trusted.crt "$provider" | jq -e .jwks_uri >/dev/null; then
+  flock -n /tmp/reload.lock bash -c 'kill -HUP 1; sleep 1' # kill is the shell's own here
+  echo "step-ca: it answers again: reloading"
+fi
