@@ -26,6 +26,8 @@ echo "step-ca: an OIDC provider did not answer when the configuration was read: 
 # Trusting what step-ca trusts.
 cat /etc/ssl/certs/ca-certificates.crt certs/root_ca.crt trusted-roots/*.crt >/tmp/trusted.crt 2>/dev/null || true
 if ask --cacert /tmp/trusted.crt "$provider" | jq -e .jwks_uri >/dev/null; then
-  flock -n /tmp/reload.lock bash -c 'kill -HUP 1; sleep 1' # kill is the shell's own here
-  echo "step-ca: it answers again: reloading"
+  # kill is the shell's own here. Whoever holds the lock is reloading.
+  if flock -n /tmp/reload.lock bash -c 'kill -HUP 1; sleep 1'; then
+    echo "step-ca: it answers again: reloading"
+  fi
 fi

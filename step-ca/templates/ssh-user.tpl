@@ -11,6 +11,7 @@ groups, and host certificates as they request them. Values:
   .KeyID, .Principals, .Extensions, .CriticalOptions    what step-ca proposes
   .Token     the claims of the identity token
   .Admins    OIDC_ADMINS
+  .TrustEmail    the provider has only addresses of its own and does not say so in email_verified
 "make check" finds mistakes in it.
 */ -}}
 {{- $email := .Token.email | default "" -}}
@@ -19,8 +20,8 @@ looks like a host or a URI for one. */ -}}
 {{- if not (regexMatch "^[^@:/ ]+@[^@:/ ]+$" $email) }}
   {{- fail "the identity token has no e-mail address; ask for the scope email" }}
 {{- end -}}
-{{- if and (hasKey .Token "email_verified") (not .Token.email_verified) }}
-  {{- fail "the OpenID provider says that this e-mail address is not verified" }}
+{{- if not (or (eq "true" (toString .Token.email_verified)) (and .TrustEmail (not (hasKey .Token "email_verified")))) }}
+  {{- fail "the OpenID provider does not say that this e-mail address is verified" }}
 {{- end -}}
 {{- /* step-ca ignores the case of the domain, and only of the domain. */ -}}
 {{- $parts := splitList "@" $email -}}

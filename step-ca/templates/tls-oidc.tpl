@@ -5,6 +5,7 @@ Admins (OIDC_ADMINS, by address or group) get the names of their request.
 Values as in tls-leaf.tpl, and:
   .Token     the claims of the identity token
   .Admins    OIDC_ADMINS
+  .TrustEmail    the provider has only addresses of its own and does not say so in email_verified
 */ -}}
 {{- $email := .Token.email | default "" -}}
 {{- /* Without an address a token would pass OIDC_DOMAIN unseen, and step-ca takes what
@@ -12,8 +13,8 @@ looks like a host or a URI for one. */ -}}
 {{- if not (regexMatch "^[^@:/ ]+@[^@:/ ]+$" $email) }}
   {{- fail "the identity token has no e-mail address; ask for the scope email" }}
 {{- end -}}
-{{- if and (hasKey .Token "email_verified") (not .Token.email_verified) }}
-  {{- fail "the OpenID provider says that this e-mail address is not verified" }}
+{{- if not (or (eq "true" (toString .Token.email_verified)) (and .TrustEmail (not (hasKey .Token "email_verified")))) }}
+  {{- fail "the OpenID provider does not say that this e-mail address is verified" }}
 {{- end -}}
 {{- /* step-ca ignores the case of the domain, and only of the domain. */ -}}
 {{- $parts := splitList "@" $email -}}

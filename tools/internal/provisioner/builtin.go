@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -52,16 +53,15 @@ func (r *reader) builtIn() []builtIn {
 			builtIn{&provisioner.SSHPOP{Type: "SSHPOP", Name: SSHPOP, Claims: withSSH()}, "ENABLE_SSH_PROVISIONER"})
 	}
 	if s.OIDC.Enabled() {
-		admins := adminNames(s.OIDC.Admins)
 		oidc := &provisioner.OIDC{
 			Type: "OIDC", Name: s.OIDC.Name, ClientID: s.OIDC.ClientID, ClientSecret: s.OIDC.ClientSecret.Reveal(),
 			ConfigurationEndpoint: s.OIDC.Endpoint, TenantID: s.OIDC.TenantID, Admins: s.OIDC.Admins, Domains: s.OIDC.Domains,
 			Groups: s.OIDC.Groups, ListenAddress: s.OIDC.ListenAddress, Scopes: s.OIDC.Scopes,
-			Options: &provisioner.Options{X509: r.x509("tls-oidc.tpl", forPerson, admins)},
 		}
+		oidc.Options = &provisioner.Options{X509: r.x509("tls-oidc.tpl", forPerson, peopleValues(oidc))}
 		if s.SSH.Enabled {
 			oidc.Claims = withSSH()
-			oidc.Options.SSH = r.ssh("ssh-user.tpl", forPerson, admins)
+			oidc.Options.SSH = r.ssh("ssh-user.tpl", forPerson, peopleValues(oidc))
 		}
 		list = append(list, builtIn{oidc, "OIDC_NAME"})
 	}
@@ -94,8 +94,21 @@ func adminNames(admins []string) []string {
 	return names
 }
 
-// values are what the templates get from .env.
-func (r *reader) values(admins []string) map[string]any {
+// peopleValues are what the templates of an OIDC provisioner get from it.
+func peopleValues(p *provisioner.OIDC) map[string]any {
+	v := map[string]any{}
+	if admins := adminNames(p.Admins); len(admins) > 0 {
+		v["Admins"] = admins
+	}
+	// Microsoft Entra ID sends no email_verified.
+	if p.TenantID != "" {
+		v["TrustEmail"] = true
+	}
+	return v
+}
+
+// values are what the templates of TLS certificates get from .env, beside others.
+func (r *reader) values(others map[string]any) map[string]any {
 	v := map[string]any{}
 	if o := r.settings.CA.Organization; o != "" {
 		v["Organization"] = o
@@ -106,9 +119,7 @@ func (r *reader) values(admins []string) map[string]any {
 	if r.settings.Policy.Wildcards {
 		v["Wildcards"] = true
 	}
-	if len(admins) > 0 {
-		v["Admins"] = admins
-	}
+	maps.Copy(v, others)
 	return v
 }
 
@@ -124,25 +135,22 @@ func templateData(values map[string]any) json.RawMessage {
 }
 
 // x509 returns options with a shipped template in them, checked.
-func (r *reader) x509(file string, u use, admins []string) *provisioner.X509Options {
+func (r *reader) x509(file string, u use, others map[string]any) *provisioner.X509Options {
 	text, ok := r.template(file)
 	if !ok {
 		return nil
 	}
-	o := &provisioner.X509Options{Template: text, TemplateData: templateData(r.values(admins))}
+	o := &provisioner.X509Options{Template: text, TemplateData: templateData(r.values(others))}
 	r.checkX509(short(filepath.Join(r.templates, file)), o, u)
 	return o
 }
 
-func (r *reader) ssh(file string, u use, admins []string) *provisioner.SSHOptions {
+func (r *reader) ssh(file string, u use, values map[string]any) *provisioner.SSHOptions {
 	text, ok := r.template(file)
 	if !ok {
 		return nil
 	}
-	o := &provisioner.SSHOptions{Template: text}
-	if len(admins) > 0 {
-		o.TemplateData = templateData(map[string]any{"Admins": admins})
-	}
+	o := &provisioner.SSHOptions{Template: text, TemplateData: templateData(values)}
 	r.checkSSH(short(filepath.Join(r.templates, file)), o, u)
 	return o
 }

@@ -269,6 +269,7 @@ func TestTLSCertificatesAreAsTheTemplatesSay(t *testing.T) {
 	full := run(t, nil, nil)
 	bare := run(t, func(s *config.Issuance) {
 		s.CA.Organization, s.CA.RevocationPort, s.OIDC.Admins, s.OIDC.Domains, s.Policy.Wildcards = "", 0, nil, nil, true
+		s.OIDC.TenantID = ""
 	}, nil)
 	person := &x509.CertificateRequest{Subject: pkix.Name{CommonName: "root"}, DNSNames: []string{"www.internal"}}
 	request := &x509.CertificateRequest{
@@ -321,9 +322,12 @@ func TestTLSCertificatesAreAsTheTemplatesSay(t *testing.T) {
 		"a person whose address is a host": {bare, bare.login(map[string]any{"email": "www.internal"}), ecKey(t), person, leaf{}, "the identity token has no e-mail address; ask for the scope email"},
 		"a person whose address is a URI":  {bare, bare.login(map[string]any{"email": "spiffe://internal/ca@x"}), ecKey(t), person, leaf{}, "the identity token has no e-mail address; ask for the scope email"},
 		"a person whose address the provider has not verified": {
-			full, full.login(map[string]any{"email_verified": false}), ecKey(t), person, leaf{}, "the OpenID provider says that this e-mail address is not verified",
+			full, full.login(map[string]any{"email_verified": false}), ecKey(t), person, leaf{}, "the OpenID provider does not say that this e-mail address is verified",
 		},
 		"a person of whose address the provider says nothing": {
+			bare, bare.login(map[string]any{"email_verified": nil}), ecKey(t), person, leaf{}, "the OpenID provider does not say that this e-mail address is verified",
+		},
+		"a person of whose address a tenant of Entra ID says nothing": {
 			full, full.login(map[string]any{"email_verified": nil}), ecKey(t), person, leaf{"CN=grace@internal.lan,O=Example Ltd", []string{"grace@internal.lan", id(full)}, crl, ec, both}, "",
 		},
 	} {
@@ -379,7 +383,7 @@ func TestSSHCertificatesOfPeople(t *testing.T) {
 			map[string]any{"groups": []string{"pki-admins", "staff"}}, "host", "web1", []string{"web1"}, want{ssh.HostCert, "web1", []string{"web1"}, map[string]string{}}, "",
 		},
 		"no address":              {map[string]any{"email": nil}, "user", "", nil, want{}, "the identity token has no e-mail address; ask for the scope email"},
-		"an unverified address":   {map[string]any{"email_verified": false}, "user", "", nil, want{}, "the OpenID provider says that this e-mail address is not verified"},
+		"an unverified address":   {map[string]any{"email_verified": false}, "user", "", nil, want{}, "the OpenID provider does not say that this e-mail address is verified"},
 		"an address of elsewhere": {map[string]any{"email": "grace@elsewhere.lan"}, "user", "", nil, want{}, "lacked necessary authorization"},
 		"none of the groups":      {map[string]any{"groups": []string{"guests"}}, "user", "", nil, want{}, "lacked necessary authorization"},
 	} {

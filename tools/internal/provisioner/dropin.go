@@ -177,21 +177,15 @@ func (r *reader) checkDropIn(file string, p provisioner.Interface) {
 	if enriched {
 		u = forEnriched
 	}
-	var admins []string
+	values := map[string]any{}
 	if oidc, ok := p.(*provisioner.OIDC); ok {
-		admins = adminNames(oidc.Admins)
+		values = peopleValues(oidc)
 	}
-	if o := options.X509; o != nil && r.inline(file, "x509", &o.Template, &o.TemplateFile, &o.TemplateData, r.values(admins)) {
+	if o := options.X509; o != nil && r.inline(file, "x509", &o.Template, &o.TemplateFile, &o.TemplateData, r.values(values)) {
 		r.checkX509(templateSource(file, "x509"), o, u)
 	}
-	if o := options.SSH; o != nil {
-		values := map[string]any{}
-		if len(admins) > 0 {
-			values["Admins"] = admins
-		}
-		if r.inline(file, "ssh", &o.Template, &o.TemplateFile, &o.TemplateData, values) {
-			r.checkSSH(templateSource(file, "ssh"), o, u)
-		}
+	if o := options.SSH; o != nil && r.inline(file, "ssh", &o.Template, &o.TemplateFile, &o.TemplateData, values) {
+		r.checkSSH(templateSource(file, "ssh"), o, u)
 	}
 }
 
@@ -379,6 +373,12 @@ func demands(p provisioner.Interface) error {
 			return errors.New(`has no https address as configurationEndpoint; a good value: "https://sso.internal/.well-known/openid-configuration"`)
 		case len(p.Domains) == 0 && len(p.Groups) == 0:
 			return errors.New("has neither domains nor groups: everybody with an account at the provider could get certificates")
+		// step-ca's own templates take an address that nobody has verified, and its "domains"
+		// let in whoever leaves out the scope email (authority/provisioner/oidc.go, ValidatePayload).
+		case !p.Options.GetX509Options().HasTemplate():
+			return errors.New(`has no options.x509 template: step-ca's own takes addresses that nobody has verified; a good value: {"templateFile": "tls-oidc.tpl"}`)
+		case p.Claims != nil && p.Claims.EnableSSHCA != nil && *p.Claims.EnableSSHCA && !p.Options.GetSSHOptions().HasTemplate():
+			return errors.New(`has no options.ssh template: step-ca's own takes addresses that nobody has verified; a good value: {"templateFile": "ssh-user.tpl"}`)
 		}
 	case *provisioner.JWK:
 		switch {

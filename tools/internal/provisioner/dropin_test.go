@@ -21,7 +21,7 @@ import (
 	"github.com/infra-pki/infra-pki/tools/internal/config"
 )
 
-const anOIDC = `{"type": "OIDC", "name": "partner", "clientID": "other", "clientSecret": "", "configurationEndpoint": "https://login.partner/.well-known/openid-configuration", "domains": ["partner.lan"]}`
+const anOIDC = `{"type": "OIDC", "name": "partner", "clientID": "other", "clientSecret": "", "configurationEndpoint": "https://login.partner/.well-known/openid-configuration", "domains": ["partner.lan"], "options": {"x509": {"templateFile": "tls-oidc.tpl"}, "ssh": {"templateFile": "ssh-user.tpl"}}}`
 
 // with puts further fields into a drop-in.
 func with(base, fields string) string { return strings.TrimSuffix(base, "}") + ", " + fields + "}" }
@@ -152,6 +152,14 @@ func TestDropInsAreRefusedForEveryReason(t *testing.T) {
 				`provisioners.d/a.json has nothing in "options.webhooks[3]"`,
 			},
 		},
+		"an OpenID provider with step-ca's own template of TLS certificates": {
+			map[string]string{"a.json": strings.Replace(anOIDC, `"x509": {"templateFile": "tls-oidc.tpl"}, `, "", 1)},
+			[]string{`provisioners.d/a.json has no options.x509 template: step-ca's own takes addresses that nobody has verified; a good value: {"templateFile": "tls-oidc.tpl"}`},
+		},
+		"an OpenID provider with step-ca's own template of SSH certificates": {
+			map[string]string{"a.json": with(strings.Replace(anOIDC, `, "ssh": {"templateFile": "ssh-user.tpl"}`, "", 1), `"claims": {"enableSSHCA": true}`)},
+			[]string{`provisioners.d/a.json has no options.ssh template: step-ca's own takes addresses that nobody has verified; a good value: {"templateFile": "ssh-user.tpl"}`},
+		},
 		"an OpenID provider for everybody": {
 			map[string]string{"a.json": strings.Replace(anOIDC, `["partner.lan"]`, "[]", 1)},
 			[]string{"provisioners.d/a.json has neither domains nor groups: everybody with an account at the provider could get certificates"},
@@ -271,8 +279,7 @@ func TestDropInsOfEveryTypeFollowTheBuiltIns(t *testing.T) {
 	jwk, err := json.Marshal(keys(t).Admin.Public)
 	require.NoError(t, err)
 	dir := directory(t, "provisioners.d", map[string]string{
-		"README.md": "", "50-oidc.json": with(anOIDC, `"admins": ["Root@PARTNER.lan"], "claims": {"enableSSHCA": true, "maxUserSSHCertDuration": "16h"},
-			"options": {"x509": {"templateFile": "tls-oidc.tpl"}, "ssh": {"templateFile": "ssh-user.tpl"}}`),
+		"README.md": "", "50-oidc.json": with(anOIDC, `"admins": ["Root@PARTNER.lan"], "claims": {"enableSSHCA": true, "maxUserSSHCertDuration": "16h"}`),
 		"10-x5c.json":   `{"type": "x5c", "name": "servers", "roots": "` + b64(append(cert, cert...)) + `", "options": {"x509": {"templateFile": "tls-leaf.tpl", "templateData": {"Organization": "Other"}}}}`,
 		"20-jwk.json":   `{"type": "JWK", "name": "ci", "key": ` + string(jwk) + `, "options": {"webhooks": [{"name": "hosts", "url": "https://hosts.internal/check", "kind": "enriching"}], "x509": {"template": "{\"subject\": {{ toJson .Webhooks.hosts.subject }}}"}}}`,
 		"30-k8s.json":   `{"type": "K8sSA", "name": "east", "publicKeys": "` + b64(public) + `", "options": {"x509": {"templateFile": "tls-request.tpl"}}}`,

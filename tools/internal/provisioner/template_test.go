@@ -37,15 +37,15 @@ func TestMistakesInTemplatesAreFoundBeforeAnybodyAsksForACertificate(t *testing.
 	}{
 		"a missing brace": {
 			"tls-oidc.tpl", "{{ toJson $subject }}", "{{ toJson $subject }",
-			[]string{`templates/tls-oidc.tpl is not a template: line 37: unexpected "}" in operand`},
+			[]string{`templates/tls-oidc.tpl is not a template: line 38: unexpected "}" in operand`},
 		},
 		"a function that does not exist": {
 			"ssh-user.tpl", "toJson .Extensions", "json .Extensions",
-			[]string{`templates/ssh-user.tpl is not a template: line 53: function "json" not defined`},
+			[]string{`templates/ssh-user.tpl is not a template: line 54: function "json" not defined`},
 		},
 		"a function that step-ca takes away": {
 			"ssh-user.tpl", "toJson .Extensions", `env "HOME"`,
-			[]string{`templates/ssh-user.tpl is not a template: line 53: function "env" not defined`},
+			[]string{`templates/ssh-user.tpl is not a template: line 54: function "env" not defined`},
 		},
 		"a field that certificates do not have": {
 			"tls-leaf.tpl", `"extKeyUsage"`, `"extKeyUsages"`,
@@ -85,7 +85,7 @@ func TestMistakesInTemplatesAreFoundBeforeAnybodyAsksForACertificate(t *testing.
 		},
 		"a field of a value that does not exist": {
 			"tls-oidc.tpl", `typeIs "*rsa.PublicKey" .Insecure.CR.PublicKey`, `typeIs "*rsa.PublicKey" .Insecure.CR.Key`,
-			[]string{`templates/tls-oidc.tpl does not work for a person without groups with an ECDSA key: line 49:40: <.Insecure.CR.Key>: can't evaluate field Key in type interface {}`},
+			[]string{`templates/tls-oidc.tpl does not work for a person without groups with an ECDSA key: line 50:40: <.Insecure.CR.Key>: can't evaluate field Key in type interface {}`},
 		},
 		"something behind the certificate": {
 			"ssh-host.tpl", "  \"principals\": {{ toJson .Principals }}\n}", "  \"principals\": {{ toJson .Principals }}\n}}",
@@ -152,7 +152,7 @@ func TestTemplateThatLeadsOutOfItsDirectoryIsNotRead(t *testing.T) {
 	require.NoError(t, os.WriteFile(outside, []byte("{}"), 0o600))
 	require.NoError(t, os.Symlink(outside, filepath.Join(dir, "link.tpl")))
 	_, problems := Read(everything(), directory(t, "provisioners.d", map[string]string{
-		"a.json": with(anOIDC, `"options": {"x509": {"templateFile": "link.tpl"}}`),
+		"a.json": `{"type": "ACME", "name": "x", "options": {"x509": {"templateFile": "link.tpl"}}}`,
 	}), dir)
 	require.Equal(t, []string{"templates/link.tpl cannot be read: path escapes from parent"}, messages(problems))
 }
@@ -164,7 +164,7 @@ func TestTemplatesOfDropInsMayBeBase64(t *testing.T) {
 		"hello": {"provisioners.d/a.json (options.x509) is not a template: it neither begins with { nor is base64"},
 	} {
 		_, problems := Read(everything(), directory(t, "provisioners.d", map[string]string{
-			"a.json": with(anOIDC, `"options": {"x509": {"template": "`+text+`"}}`),
+			"a.json": `{"type": "ACME", "name": "x", "options": {"x509": {"template": "` + text + `"}}}`,
 		}), shipped)
 		require.Equal(t, want, messages(problems))
 	}
