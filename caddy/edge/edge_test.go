@@ -378,8 +378,10 @@ func TestStockNegationAdmitsEverybody(t *testing.T) {
 // edge is one Caddy with the shipped Caddyfile.
 type edge struct {
 	caddyfile, allowList, admin string // paths
+	revocation                  string // the directory of CRL and KRL, which is not there
 	edge, probe                 string // addresses as seen from 127.0.0.1
-	port                        string
+	port, plainPort             string
+	crl                         string // address of the step-ca that keeps the CRL
 	stderr                      lockedBuffer
 }
 
@@ -389,11 +391,15 @@ func newEdge(t *testing.T, upstream, allow string) *edge {
 	t.Helper()
 	dir := t.TempDir()
 	e := &edge{
-		caddyfile: filepath.Join(dir, "Caddyfile"),
-		allowList: filepath.Join(dir, "allow.caddy"),
-		admin:     filepath.Join(dir, "admin.sock"),
-		port:      freePort(t),
+		caddyfile:  filepath.Join(dir, "Caddyfile"),
+		allowList:  filepath.Join(dir, "allow.caddy"),
+		admin:      filepath.Join(dir, "admin.sock"),
+		revocation: filepath.Join(dir, "revocation"),
+		port:       freePort(t),
+		plainPort:  freePort(t),
+		crl:        "127.0.0.1:" + freePort(t),
 	}
+	files := freePort(t)
 	e.edge, e.probe = "127.0.0.1:"+e.port, "127.0.0.1:"+freePort(t)
 
 	shipped, err := os.ReadFile(filepath.Join("..", "Caddyfile"))
@@ -403,11 +409,16 @@ func newEdge(t *testing.T, upstream, allow string) *edge {
 		old, with string
 		times     int
 	}{
-		{"/etc/caddy/allow/allow.caddy", e.allowList, 2},
+		{"/etc/caddy/allow/allow.caddy", e.allowList, 3},
 		{"/run/edge/admin.sock", e.admin, 1},
 		{"\t:9000 {", "\t:" + e.port + " {", 1},
 		{"127.0.0.1:9001 {", e.probe + " {", 1},
 		{"upstream step-ca:9000", "upstream " + upstream, 2},
+		{"upstream crl.:9000", "upstream " + e.crl, 1},
+		{"\t:9080 {", "\t:" + e.plainPort + " {", 1},
+		{"127.0.0.1:9081", "127.0.0.1:" + files, 2},
+		{"http://:9081 {", "http://:" + files + " {", 1},
+		{"root /revocation", "root " + e.revocation, 1},
 	} {
 		require.Equal(t, r.times, strings.Count(config, r.old), "%q in the shipped Caddyfile", r.old)
 		config = strings.ReplaceAll(config, r.old, r.with)
@@ -460,15 +471,20 @@ func (e *edge) waitForLog(t *testing.T, want string) {
 		"waiting for %s in the log", want)
 }
 
-// dial connects from a given source address.
+// dial connects to the port for TLS from a given source address.
 func (e *edge) dial(t *testing.T, from string) *net.TCPConn {
+	t.Helper()
+	return dial(t, from, e.port)
+}
+
+func dial(t *testing.T, from, port string) *net.TCPConn {
 	t.Helper()
 	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}, Timeout: 5 * time.Second}
 	host := "127.0.0.1"
 	if strings.Contains(from, ":") {
 		host = "::1"
 	}
-	conn, err := dialer.DialContext(t.Context(), "tcp", net.JoinHostPort(host, e.port))
+	conn, err := dialer.DialContext(t.Context(), "tcp", net.JoinHostPort(host, port))
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = conn.Close() })
 	return conn.(*net.TCPConn)
@@ -478,7 +494,11 @@ func (e *edge) dial(t *testing.T, from string) *net.TCPConn {
 // byte. It returns the source address and port.
 func (e *edge) requireRefused(t *testing.T, from string, send []byte) string {
 	t.Helper()
-	conn := e.dial(t, from)
+	return requireClosed(t, e.dial(t, from), send)
+}
+
+func requireClosed(t *testing.T, conn *net.TCPConn, send []byte) string {
+	t.Helper()
 	start := time.Now()
 	_, _ = conn.Write(send) // may meet the closed connection
 	require.NoError(t, conn.SetReadDeadline(start.Add(5*time.Second)))

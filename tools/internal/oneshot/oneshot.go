@@ -45,7 +45,7 @@ func execute(ctx context.Context, name string, run Run, args []string, stderr io
 	for _, e := range flatten(err) {
 		last.WriteString(name + ": error: " + e.Error() + "\n")
 	}
-	for _, h := range hints(err) {
+	for _, h := range Hints(err) {
 		last.WriteString(name + ": hint: " + h + "\n")
 	}
 	_, _ = io.WriteString(stderr, last.String()) // the exit code still tells
@@ -129,8 +129,8 @@ func flatten(err error) []error {
 	return []error{err}
 }
 
-// hints collects the hints of err and of everything that it wraps, each once.
-func hints(err error) []string {
+// Hints collects the hints of err and of everything that it wraps, each once.
+func Hints(err error) []string {
 	var found []string
 	seen := map[string]bool{}
 	var walk func(error)
