@@ -1,7 +1,6 @@
 package e2e_test
 
 import (
-	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -17,6 +16,16 @@ func requireOpenSSL(t *testing.T, client *stack.Client, file, name string) {
 	out := client.Run("openssl", "verify", "-x509_strict", "-purpose", "sslserver", "-verify_hostname", name,
 		"-CAfile", "/trust/root_ca.crt", "-untrusted", file, file).OK(t)
 	require.Contains(t, out.Stdout, file+": OK")
+}
+
+// requireRefused demands that a client failed, and that it or step-ca's log gives the reason.
+func requireRefused(t *testing.T, s *stack.Stack, reason string, run func() stack.Result) {
+	t.Helper()
+	begin := time.Now()
+	out := run()
+	require.NotZero(t, out.Code, "was not refused: %s", out)
+	log := stack.Docker(t, "logs", "--since", begin.Format(time.RFC3339Nano), s.Containers()["step-ca"].ID).OK(t)
+	require.Contains(t, out.Output()+log.Output(), reason)
 }
 
 func TestTheStepCLIGetsACertificateAndRenewsIt(t *testing.T) {
@@ -72,49 +81,4 @@ func TestTheTrustBundleIsWhatTheCAServes(t *testing.T) {
 	known := client.Read("/trust/known_hosts")
 	require.True(t, strings.HasPrefix(known, "@cert-authority "), known)
 	require.Contains(t, known, strings.Fields(client.Read("/trust/ssh_host_ca.pub"))[1])
-}
-
-func TestCertbotGetsACertificateByHTTP01(t *testing.T) {
-	s := stack.Shared(t)
-	client := s.Client()
-	out := client.Run("env", "REQUESTS_CA_BUNDLE=/trust/root_ca.crt", "certbot", "certonly", "--standalone",
-		"--preferred-challenges", "http", "--server", s.URL()+"/acme/acme/directory", "--domain", stack.ClientName,
-		"--non-interactive", "--agree-tos", "--register-unsafely-without-email", "--force-renewal").OK(t)
-	require.Contains(t, out.Output(), "Successfully received certificate")
-	requireOpenSSL(t, client, "/etc/letsencrypt/live/"+stack.ClientName+"/fullchain.pem", stack.ClientName)
-}
-
-func TestCaddyGetsACertificateByTLSALPN01(t *testing.T) {
-	s := stack.Shared(t)
-	client := s.Client()
-	client.Write("/tmp/Caddyfile", fmt.Sprintf(`{
-	admin off
-	persist_config off
-	storage file_system /tmp/caddy
-	acme_ca %s/acme/acme/directory
-	acme_ca_root /trust/root_ca.crt
-}
-https://%s {
-	tls {
-		issuer acme {
-			disable_http_challenge
-		}
-	}
-	respond "served with a certificate of our own"
-}
-`, s.URL(), stack.ClientName))
-	client.Start("exec caddy run --config /tmp/Caddyfile --adapter caddyfile >/tmp/caddy.log 2>&1")
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Log(client.Read("/tmp/caddy.log"))
-		}
-		client.Shell("kill $(pidof caddy)")
-	})
-	fetch := []string{"curl", "-sS", "--cacert", "/trust/root_ca.crt", "https://" + stack.ClientName + "/"}
-	require.Eventually(t, func() bool { return client.Run(fetch...).Code == 0 }, 60*time.Second, 500*time.Millisecond)
-	require.Equal(t, "served with a certificate of our own", client.Run(fetch...).OK(t).Stdout)
-
-	client.Shell("openssl s_client -connect " + stack.ClientName + ":443 -servername " + stack.ClientName +
-		" -verify_hostname " + stack.ClientName + " -CAfile /trust/root_ca.crt -verify_return_error -showcerts </dev/null >/tmp/served.pem").OK(t)
-	requireOpenSSL(t, client, "/tmp/served.pem", stack.ClientName)
 }

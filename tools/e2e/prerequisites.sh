@@ -22,6 +22,7 @@ needed=(
   openssl:openssl
   keytool:default-jre-headless
   sha256sum:coreutils
+  ssh-keygen:openssh-client
   shellcheck:shellcheck
   yamllint:yamllint
   /usr/lib/postgresql/15/bin/postgres:postgresql-15
