@@ -6,6 +6,8 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 COMPOSE := docker compose
+# step-ca, and crl where step-ca/revocation.yml is on.
+CAS = $$($(COMPOSE) ps --services --status running | grep -x -e step-ca -e crl)
 TOOLS_IMAGE := infra-pki/tools:local
 GOLANGCI_LINT := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
@@ -51,7 +53,7 @@ init: ## apply an edited .env to the running CA and edge, without a restart
 # What runs takes what is rendered.
 .PHONY: apply
 apply:
-	@began=$$(date +%s); for service in $$($(COMPOSE) ps --services --status running | grep -x -e step-ca -e crl); do \
+	@began=$$(date +%s); for service in $(CAS); do \
 		$(COMPOSE) exec -T $$service reload $$service || case $$? in \
 			3) $(COMPOSE) restart $$service && $(COMPOSE) up -d --wait ;; \
 			*) $(COMPOSE) logs --no-log-prefix --since "$$began" $$service | grep -m1 '^.*error reloading' >&2; exit 1 ;; esac; done
@@ -61,7 +63,7 @@ apply:
 
 .PHONY: check
 check: images ## test .env without starting anything
-	@unreadable=$$(find caddy/Caddyfile postgres step-ca ! -perm -o=r); test -z "$$unreadable" \
+	@unreadable=$$(find caddy/Caddyfile postgres step-ca/*.sh step-ca/templates ! -perm -o=r); test -z "$$unreadable" \
 		|| { echo "check: error: containers cannot read: $$unreadable"; echo 'check: hint: chmod -R go+rX caddy postgres step-ca (the checkout was made with a strict umask)'; exit 2; } >&2
 	@test -f .env || { echo 'check: error: there is no .env'; echo 'check: hint: "make up" writes one, or copy .env.example'; exit 2; } >&2
 	@docker run --rm --network none --user "$$(id -u):$$(id -g)" --volume "$(CURDIR)/.env:/.env:ro" $(TOOLS_IMAGE) config-check --env-file /.env
@@ -69,7 +71,7 @@ check: images ## test .env without starting anything
 
 .PHONY: restart
 restart: ## restart step-ca and Caddy (connections drain for up to a minute)
-	@$(COMPOSE) restart step-ca caddy
+	@$(COMPOSE) restart $(CAS) caddy
 	@$(COMPOSE) up -d --wait
 
 .PHONY: status

@@ -237,7 +237,7 @@ func TestAReloadThatStepCARefusesIsReportedWithItsReason(t *testing.T) {
 	t.Cleanup(func() { s.Make("init").OK(t) })
 	s.WithDirectory(s.Volume("step-ca-config"), `sed -i 's/"address": ":9000"/"address": "nowhere"/' ca.json`)
 	refused := s.Make("apply").Exits(t, 2)
-	require.Contains(t, refused.Output(), "step-ca: error: it refuses the new configuration and keeps running with the old one")
+	require.Contains(t, refused.Output(), "step-ca: error: it has not taken the new configuration and keeps running with the old one")
 	require.Contains(t, refused.Output(), `error reloading ca: invalid address nowhere`)
 	newCA(t, s).issue(t, "still-serving.e2e.test")
 
