@@ -66,7 +66,9 @@ check: images ## test .env without starting anything
 	@unreadable=$$(find caddy/Caddyfile postgres step-ca/*.sh step-ca/templates ! -perm -o=r); test -z "$$unreadable" \
 		|| { echo "check: error: containers cannot read: $$unreadable"; echo 'check: hint: chmod -R go+rX caddy postgres step-ca (the checkout was made with a strict umask)'; exit 2; } >&2
 	@test -f .env || { echo 'check: error: there is no .env'; echo 'check: hint: "make up" writes one, or copy .env.example'; exit 2; } >&2
-	@docker run --rm --network none --user "$$(id -u):$$(id -g)" --volume "$(CURDIR)/.env:/.env:ro" $(TOOLS_IMAGE) config-check --env-file /.env
+	@# The text first: Compose stops at the first secret without a line, and cuts values that it cannot read.
+	@said=$$(docker run --rm --network none --user "$$(id -u):$$(id -g)" --volume "$(CURDIR)/.env:/.env:ro" $(TOOLS_IMAGE) config-check --env-file /.env 2>&1) \
+		|| { code=$$?; echo "$$said"; exit $$code; } >&2
 	@$(COMPOSE) run --rm --no-deps -T config-check
 
 .PHONY: restart

@@ -275,8 +275,11 @@ func (p *program) render(ctx context.Context, contents *pki.Contents) error {
 		{"allow-list", filepath.Join(p.allowList, "allow.caddy"), []byte(allowList(p.edge)), 0o444},
 		{"CLI defaults", filepath.Join(p.configDir, "defaults.json"), defaults, 0o444},
 	}
-	if p.settings.CA.RevocationPort != 0 {
-		files = append(files, rendered{"CRL service configuration", filepath.Join(p.configDir, "crl.json"), crl, 0o400})
+	const crlItem = "CRL service configuration"
+	if path := filepath.Join(p.configDir, "crl.json"); p.settings.CA.RevocationPort != 0 {
+		files = append(files, rendered{crlItem, path, crl, 0o400})
+	} else if err := p.remove(ctx, crlItem, path); err != nil {
+		return err
 	}
 	// It has the client secret of OIDC and whatever secrets a drop-in needs.
 	files = append(files, rendered{"CA configuration", p.caJSON(), ca, 0o400})
@@ -334,7 +337,7 @@ func (p *program) reportProvisioners(ctx context.Context, ca []byte) error {
 	}
 	for _, l := range p.last {
 		if find(next, l.Name) < 0 {
-			report("removed", l.Name)
+			report(durable.Removed, l.Name)
 		}
 	}
 	return nil
@@ -349,6 +352,20 @@ func allowList(edge config.Edge) string {
 	}
 	b.WriteString("\n")
 	return b.String()
+}
+
+// remove takes away a file that the settings do not ask for.
+func (p *program) remove(ctx context.Context, item, path string) error {
+	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if !p.check {
+		if err := os.Remove(path); err != nil {
+			return writing(fmt.Errorf("%s: %w", item, err))
+		}
+	}
+	p.report(ctx, item, path, durable.Removed)
+	return nil
 }
 
 // report logs one item of the plan; in a check the words are those of a run.

@@ -20,14 +20,15 @@ import (
 	"path/filepath"
 )
 
-// Outcome says what a write did to the file.
+// Outcome says what was done to the file.
 type Outcome string
 
-// Outcomes of WriteIfChanged.
+// Outcomes of WriteIfChanged, and what its callers do to files that are not due any more.
 const (
 	Created   Outcome = "created"
 	Updated   Outcome = "updated"
 	Unchanged Outcome = "unchanged"
+	Removed   Outcome = "removed"
 )
 
 // Compare says what WriteIfChanged would do, and writes nothing.
