@@ -197,6 +197,9 @@ func verify(data []byte) error {
 	if err := c.Validate(); err != nil {
 		return fmt.Errorf("reading ca.json back: %w", err)
 	}
+	if _, err := policy.New(c.AuthorityConfig.Policy); err != nil { // at its start step-ca ends with it
+		return fmt.Errorf("reading the policy of ca.json back: %w", err)
+	}
 	return nil
 }
 

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
+	"strings"
 	"testing"
 	"time"
 
@@ -135,4 +136,27 @@ func policies(t *testing.T, s Settings) *policy.Engine {
 	engine, err := policy.New(c.AuthorityConfig.Policy)
 	require.NoError(t, err)
 	return engine
+}
+
+// Every policy that the settings let pass is one that step-ca starts with.
+func FuzzPolicy(f *testing.F) {
+	for _, seed := range []string{"*.internal www.lan", "10.0.0.0/8 2001:db8::/32", "@lan root@lan", "xn--bcher-kva.lan", "0", "a-.lan", "00--0"} {
+		f.Add(seed, seed)
+	}
+	f.Fuzz(func(t *testing.T, names, addresses string) {
+		if strings.Contains(names+addresses, "\x00") {
+			t.Skip("cannot stand in an environment")
+		}
+		for name, value := range map[string]string{"POLICY_DNS": names, "POLICY_EMAILS": addresses, "POLICY_IPS": ""} {
+			t.Setenv(name, value)
+		}
+		r := config.NewReader()
+		s := settings()
+		if s.Policy = r.Policy(); r.Err() != nil {
+			t.Skip("refused")
+		}
+		if _, err := policy.New(namePolicy(s)); err != nil {
+			t.Fatalf("%+v: %v", s.Policy, err)
+		}
+	})
 }

@@ -115,9 +115,10 @@ func TestProblems(t *testing.T) {
 			`OIDC_LISTEN_ADDRESS is not a port on the loopback of the person's machine: "0.0.0.0:1"; a good value: 127.0.0.1:10000`,
 			`OIDC_SCOPES lacks openid, without which there is no identity token (OpenID Connect Core 1.0, section 3.1.2.1); a good value: openid email groups`,
 		}},
-		"names that are none": {map[string]string{"POLICY_DNS": "a.*.lan my_name", "POLICY_IPS": "10.0.0.0/33", "POLICY_EMAILS": "*@lan"}, []string{
+		"names that are none": {map[string]string{"POLICY_DNS": "a.*.lan my_name ab--c.lan", "POLICY_IPS": "10.0.0.0/33", "POLICY_EMAILS": "*@lan"}, []string{
 			`POLICY_DNS has an item that is neither a name nor *. and a suffix: "a.*.lan"; a good value: *.internal,www.internal`,
 			`POLICY_DNS has an item that is neither a name nor *. and a suffix: "my_name"; a good value: *.internal,www.internal`,
+			`POLICY_DNS has an item that is neither a name nor *. and a suffix: "ab--c.lan"; a good value: *.internal,www.internal`,
 			`POLICY_IPS has an item that is neither an address nor a CIDR: "10.0.0.0/33"; a good value: 10.0.0.0/8`,
 			`POLICY_EMAILS has an item that is neither a domain nor an e-mail address: "*@lan"; a good value: internal.lan`,
 		}},

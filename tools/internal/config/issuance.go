@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"golang.org/x/net/idna"
 )
 
 // Issuance is what the CA issues, to whom and for how long.
@@ -147,7 +149,7 @@ func (r *Reader) OIDC() OIDC {
 	case o.Endpoint == "":
 		r.problem("OIDC_ENDPOINT", oidcEndpointExample, "is missing while OIDC_CLIENT_ID is set")
 	case err != nil || u.Scheme != "https" || u.User != nil || u.RawQuery != "" || u.Fragment != "" ||
-		!hostName(strings.ToLower(u.Hostname())) || strings.Contains(u.Hostname(), "_"): // a policy could not name it
+		!dnsName(strings.ToLower(u.Hostname())):
 		r.problem("OIDC_ENDPOINT", oidcEndpointExample, "is not an https address with a host name")
 	case !strings.HasSuffix(u.Path, discoveryPath):
 		o.Endpoint = strings.TrimSuffix(o.Endpoint, "/") + discoveryPath
@@ -156,7 +158,7 @@ func (r *Reader) OIDC() OIDC {
 		r.problem("OIDC_DOMAIN", "internal.lan", "is missing, and OIDC_GROUPS too: everybody with an account at the provider could get certificates")
 	}
 	for _, d := range o.Domains {
-		if !hostName(d) {
+		if !dnsName(d) {
 			r.problem("OIDC_DOMAIN", "internal.lan", "has an item that is not a domain of e-mail addresses: %q", d)
 		}
 	}
@@ -201,11 +203,22 @@ type Policy struct {
 // Restricts says whether it names anything.
 func (p Policy) Restricts() bool { return len(p.DNS)+len(p.IPs)+len(p.Emails) > 0 }
 
+// dnsName says whether a name can stand in step-ca's policy, which takes none that
+// IDNA refuses (RFC 5891): with such a one it would not start.
+func dnsName(s string) bool {
+	_, err := idna.Lookup.ToASCII(s)
+	return err == nil && hostName(s) && !strings.Contains(s, "_")
+}
+
+// The part of an address before the @ (RFC 5322 section 3.2.3, dot-atom), without the
+// star, which somebody would mean as one.
+var localPart = regexp.MustCompile("^([a-z0-9!#$%&'+/=?^_`{|}~-]+(\\.[a-z0-9!#$%&'+/=?^_`{|}~-]+)*)?$")
+
 // Policy reads POLICY_*.
 func (r *Reader) Policy() Policy {
 	p := Policy{Wildcards: r.boolean("POLICY_WILDCARDS", r.env.PolicyWildcards)}
 	for _, name := range items(strings.ToLower(r.env.PolicyDNS)) {
-		if !hostName(strings.TrimPrefix(name, "*.")) || strings.Contains(name, "_") { // step-ca's policy knows no underscore
+		if !dnsName(strings.TrimPrefix(name, "*.")) {
 			r.problem("POLICY_DNS", "*.internal,www.internal", "has an item that is neither a name nor *. and a suffix: %q", name)
 			continue
 		}
@@ -224,7 +237,7 @@ func (r *Reader) Policy() Policy {
 		if !at {
 			local, domain = "", text
 		}
-		if !hostName(domain) || strings.ContainsAny(local, `*"`) {
+		if !dnsName(domain) || !localPart.MatchString(local) {
 			r.problem("POLICY_EMAILS", "internal.lan", "has an item that is neither a domain nor an e-mail address: %q", text)
 			continue
 		}
