@@ -44,8 +44,11 @@ select format('role %I may not use schema public', $2)
  where not (has_schema_privilege($2, 'public', 'usage') and has_schema_privilege($2, 'public', 'create'))
 union all
 select format('the guard on %I is missing or off', guarded)
-  from (values ('used_ott', 'used_ott_once'), ('revoked_x509_certs', 'revoked_x509_certs_by'),
-               ('revoked_ssh_certs', 'revoked_ssh_certs_by')) as guards (guarded, guard)
+  from (values ('used_ott', 'used_ott_once'), ('nonces', 'nonces_once'),
+               ('revoked_x509_certs', 'revoked_x509_certs_by'), ('revoked_x509_certs', 'revoked_x509_certs_once'),
+               ('revoked_ssh_certs', 'revoked_ssh_certs_by'), ('revoked_ssh_certs', 'revoked_ssh_certs_once'),
+               ('acme_account_orders_index', 'acme_account_orders_index_null'),
+               ('acme_keyID_accountID_index', 'acme_keyID_accountID_index_once')) as guards (guarded, guard)
  where not exists (
   select from pg_trigger join actual on tgrelid = actual.oid
    where name = guarded and tgname = guard and tgenabled in ('O', 'A'))

@@ -2,13 +2,13 @@ package postgres_test
 
 import (
 	"errors"
-	"net/url"
 	"testing"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/stretchr/testify/require"
 
+	"github.com/infra-pki/infra-pki/tools/internal/postgres"
 	"github.com/infra-pki/infra-pki/tools/internal/postgrestest"
 )
 
@@ -36,10 +36,7 @@ func TestTablesAreThoseOfStepCA(t *testing.T) {
 	var theirs [][]any
 	require.True(t, t.Run("step-ca's own", func(t *testing.T) {
 		d := postgrestest.New(t)
-		open(t, (&url.URL{
-			Scheme: "postgresql", User: url.UserPassword(d.Database.Owner, d.OwnerPassword.Reveal()),
-			Host: d.Address(), Path: "/" + d.Name, RawQuery: "sslmode=" + d.SSLMode,
-		}).String())
+		openAsItsOwn(t, d)
 		theirs = read(d)
 	}))
 	require.Len(t, theirs, 24*2)
@@ -65,6 +62,7 @@ func TestRuntimeRoleCannot(t *testing.T) {
 		"replace the guard's function":        {"create or replace function infra_pki.refuse_overwrite() returns trigger language plpgsql as 'begin return new; end'", denied},
 		"drop the guard's function":           {"drop function infra_pki.refuse_overwrite()", denied},
 		"overwrite a token in spite of it":    {"insert into used_ott values ('k', 'a'); insert into used_ott values ('k', 'b') on conflict (nkey) do update set nvalue = excluded.nvalue", duplicate},
+		"overwrite a revocation":              {"insert into revoked_ssh_certs values ('k', '{}'); update revoked_ssh_certs set nvalue = '{}'", duplicate},
 		"put a trigger on a table":            {"create trigger t before insert on x509_certs execute function suppress_redundant_updates_trigger()", denied},
 		"put a rule on a table":               {"create rule r as on update to used_ott do instead nothing", denied},
 		"alter a table":                       {"alter table x509_certs add column x int", denied},
@@ -105,6 +103,32 @@ func TestRuntimeRoleOwnsNothing(t *testing.T) {
 	require.NoError(t, d.Owner(t).QueryRow(t.Context(),
 		"select count(*) from pg_shdepend where refclassid = 'pg_authid'::regclass and refobjid = 'stepca'::regrole and deptype = 'o'").Scan(&owned))
 	require.Zero(t, owned)
+}
+
+// Every guard is one that db-wait waits for, and no function of one can be called.
+func TestEachGuardIsKnown(t *testing.T) {
+	d := postgrestest.New(t)
+	d.Migrate(t)
+	owner := d.Owner(t)
+	found, err := owner.Query(t.Context(), "select format('%I', relname), format('%I', tgname), has_function_privilege('stepca', tgfoid, 'execute') from pg_trigger join pg_class c on c.oid = tgrelid where not tgisinternal")
+	require.NoError(t, err)
+	type guard struct {
+		Table, Name string
+		Callable    bool
+	}
+	guards, err := pgx.CollectRows(found, pgx.RowToStructByPos[guard])
+	require.NoError(t, err)
+	require.Len(t, guards, 8)
+	runtime := d.Runtime(t)
+	for _, g := range guards {
+		require.False(t, g.Callable, g.Name)
+		_, err := owner.Exec(t.Context(), "alter table public."+g.Table+" disable trigger "+g.Name)
+		require.NoError(t, err)
+		require.ErrorContains(t, postgres.Ready(t.Context(), runtime), "the guard on "+g.Table+" is missing or off", g.Name)
+		_, err = owner.Exec(t.Context(), "alter table public."+g.Table+" enable trigger "+g.Name)
+		require.NoError(t, err)
+	}
+	require.NoError(t, postgres.Ready(t.Context(), runtime))
 }
 
 // Nobody but owner and runtime role comes into the database or its schemas.
