@@ -23,7 +23,7 @@ provider=$(ca '/provisioners?limit=100' |
 [[ -n $provider ]] || exit 0
 echo "step-ca: an OIDC provider did not answer when the configuration was read: $provider"
 
-# Trusting what step-ca trusts.
+# Trusting what step-ca trusts; a file that is not there is trusted by neither.
 cat /etc/ssl/certs/ca-certificates.crt certs/root_ca.crt trusted-roots/*.crt >/tmp/trusted.crt 2>/dev/null || true
 if ask --cacert /tmp/trusted.crt "$provider" | jq -e .jwks_uri >/dev/null; then
   # kill is the shell's own here. Whoever holds the lock is reloading.

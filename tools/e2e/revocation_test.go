@@ -150,8 +150,9 @@ func TestWhatIsRevokedIsOnTheLists(t *testing.T) {
 	})
 
 	part("it is renewed no more", func() {
-		refused := s.client.Run("step", "ca", "renew", "--force", "--ca-url", s.URL(), "--root", "/trust/root_ca.crt", "/tmp/one.crt", "/tmp/one.key")
-		require.NotZero(t, refused.Code)
+		requireRefused(t, s.Stack, "certificate has been revoked", func() stack.Result {
+			return s.client.Run("step", "ca", "renew", "--force", "--ca-url", s.URL(), "--root", "/trust/root_ca.crt", "/tmp/one.crt", "/tmp/one.key")
+		})
 	})
 
 	part("a certificate that its owner revokes by ACME", func() {

@@ -11,12 +11,12 @@ import (
 	"log/slog"
 	"net/http"
 	"net/url"
+	"os"
 	"path/filepath"
 	"sync"
 	"time"
 
 	"github.com/smallstep/certificates/authority/provisioner"
-	"go.step.sm/crypto/pemutil"
 	"golang.org/x/crypto/x509roots/fallback/bundle"
 
 	"github.com/infra-pki/infra-pki/tools/internal/oneshot"
@@ -37,13 +37,9 @@ func (p *program) discover(ctx context.Context, root *x509.Certificate) {
 	if len(providers) == 0 {
 		return
 	}
-	pool, err := p.trusted(root)
-	if err != nil {
-		p.log.LogAttrs(ctx, slog.LevelWarn, err.Error())
-	}
 	client := &http.Client{
 		Timeout:   discoveryTimeout,
-		Transport: &http.Transport{Proxy: http.ProxyFromEnvironment, TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: pool}},
+		Transport: &http.Transport{Proxy: http.ProxyFromEnvironment, TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: p.trusted(root)}},
 	}
 	problems := make([]error, len(providers))
 	var wg sync.WaitGroup
@@ -61,7 +57,7 @@ func (p *program) discover(ctx context.Context, root *x509.Certificate) {
 
 // trusted are the roots that step-ca trusts in a provider: the public ones, this CA's
 // own and those in trusted-roots.
-func (p *program) trusted(root *x509.Certificate) (*x509.CertPool, error) {
+func (p *program) trusted(root *x509.Certificate) *x509.CertPool {
 	pool := x509.NewCertPool()
 	for r := range bundle.Roots() {
 		if cert, err := x509.ParseCertificate(r.Certificate); err == nil {
@@ -71,21 +67,31 @@ func (p *program) trusted(root *x509.Certificate) (*x509.CertPool, error) {
 	if root != nil {
 		pool.AddCert(root)
 	}
-	files, err := filepath.Glob(filepath.Join(p.trustedRoots, "*.crt"))
+	for _, data := range p.trustedRoots {
+		pool.AppendCertsFromPEM(data)
+	}
+	return pool
+}
+
+// readTrustedRoots reads the *.crt of a directory as step-ca will, which leaves out in
+// silence what has no certificate in PEM.
+func readTrustedRoots(dir string) (roots [][]byte, problems []error) {
+	files, err := filepath.Glob(filepath.Join(dir, "*.crt"))
 	if err != nil {
-		return pool, fmt.Errorf("looking for trusted roots: %w", err)
+		return nil, []error{fmt.Errorf("%s cannot be searched: %w", dir, err)}
 	}
-	var problems []error
 	for _, file := range files {
-		certs, err := pemutil.ReadCertificateBundle(file)
-		if err != nil {
-			problems = append(problems, fmt.Errorf("reading the trusted roots: %w", err))
+		name := filepath.Join(filepath.Base(dir), filepath.Base(file))
+		data, err := os.ReadFile(file)
+		switch {
+		case err != nil:
+			problems = append(problems, fmt.Errorf("%s cannot be read: %w", name, err))
+		case !x509.NewCertPool().AppendCertsFromPEM(data):
+			problems = append(problems, fmt.Errorf("%s has no certificate in PEM; a good one begins with -----BEGIN CERTIFICATE-----", name))
 		}
-		for _, cert := range certs {
-			pool.AddCert(cert)
-		}
+		roots = append(roots, data)
 	}
-	return pool, errors.Join(problems...)
+	return roots, problems
 }
 
 // document gets and reads a discovery document (OpenID Connect Discovery 1.0, section 4).

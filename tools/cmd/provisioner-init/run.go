@@ -68,8 +68,8 @@ type program struct {
 	configDir  string
 	allowList  string
 	importDir  string
-	// trustedRoots holds *.crt of further CAs that OIDC providers may have their certificate from.
-	trustedRoots string
+	// trustedRoots are of further CAs that OIDC providers may have their certificate from.
+	trustedRoots [][]byte // PEM
 	check        bool
 	now          time.Time
 	log          *slog.Logger
@@ -91,7 +91,6 @@ func run(ctx context.Context, args []string, log *slog.Logger) error {
 		return err
 	}
 	p.configDir = filepath.Join(*home, "config")
-	p.trustedRoots = filepath.Join(*home, "trusted-roots")
 	p.store.Certs = filepath.Join(*home, "certs")
 	p.store.Secrets = filepath.Join(*home, "secrets")
 
@@ -106,6 +105,8 @@ func run(ctx context.Context, args []string, log *slog.Logger) error {
 	p.settings = caconfig.Settings{Issuance: i}
 	var problems []error
 	p.declared, problems = provisioner.Read(i, *dropins, *templates)
+	settings.Join(problems...)
+	p.trustedRoots, problems = readTrustedRoots(filepath.Join(*home, "trusted-roots"))
 	settings.Join(problems...)
 	if err := settings.Err(); err != nil {
 		return err

@@ -379,6 +379,9 @@ func TestSSHCertificatesOfPeople(t *testing.T) {
 		"an admin gets other names on request": {
 			map[string]any{"email": "Ada@INTERNAL.lan"}, "user", "ada", []string{"root"}, want{ssh.UserCert, "ada", []string{"root", "group-staff"}, extensions}, "",
 		},
+		"an admin's host without a name, which would be good for every host": {
+			map[string]any{"email": "Ada@internal.lan"}, "host", "web1", nil, want{}, "ssh certificate principals cannot be empty",
+		},
 		"an admin by group gets a host": {
 			map[string]any{"groups": []string{"pki-admins", "staff"}}, "host", "web1", []string{"web1"}, want{ssh.HostCert, "web1", []string{"web1"}, map[string]string{}}, "",
 		},
