@@ -6,8 +6,6 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 COMPOSE := docker compose
-# step-ca, and crl where step-ca/revocation.yml is on.
-CAS = $$($(COMPOSE) ps --services --status running | grep -x -e step-ca -e crl)
 TOOLS_IMAGE := infra-pki/tools:local
 GOLANGCI_LINT := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
@@ -16,7 +14,7 @@ GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
 .PHONY: help
 help: ## show this help
-	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: up
 up: env check ## start the stack, prove it with a certificate, say what comes next
@@ -53,18 +51,15 @@ init: ## apply an edited .env to the running CA and edge, without a restart
 # What runs takes what is rendered.
 .PHONY: apply
 apply:
-	@began=$$(date +%s); for service in $(CAS); do \
-		$(COMPOSE) exec -T $$service reload $$service || case $$? in \
-			3) $(COMPOSE) restart $$service && $(COMPOSE) up -d --wait ;; \
-			*) $(COMPOSE) logs --no-log-prefix --since "$$began" $$service | grep -m1 '^.*error reloading' >&2; exit 1 ;; esac; done
+	@COMPOSE='$(COMPOSE)' step-ca/roll.sh reload
 	@$(COMPOSE) run --rm -T pkictl provisioners
 	@said=$$($(COMPOSE) exec -T caddy caddy reload --config /etc/caddy/Caddyfile --adapter caddyfile --address unix//run/edge/admin.sock 2>&1) \
 		|| { echo "$$said"; exit 1; } >&2; echo "caddy: follows the allow-list"
 
 .PHONY: check
 check: images ## test .env without starting anything
-	@unreadable=$$(find caddy/Caddyfile postgres step-ca/*.sh step-ca/templates ! -perm -o=r); test -z "$$unreadable" \
-		|| { echo "check: error: containers cannot read: $$unreadable"; echo 'check: hint: chmod -R go+rX caddy postgres step-ca (the checkout was made with a strict umask)'; exit 2; } >&2
+	@unreadable=$$(find caddy/Caddyfile postgres step-ca/*.sh step-ca/templates tools/prometheus ! -perm -o=r); test -z "$$unreadable" \
+		|| { echo "check: error: containers cannot read: $$unreadable"; echo 'check: hint: chmod -R go+rX caddy postgres step-ca tools/prometheus (the checkout was made with a strict umask)'; exit 2; } >&2
 	@test -f .env || { echo 'check: error: there is no .env'; echo 'check: hint: "make up" writes one, or copy .env.example'; exit 2; } >&2
 	@# The text first: Compose stops at the first secret without a line, and cuts values that it cannot read.
 	@said=$$(docker run --rm --network none --user "$$(id -u):$$(id -g)" --volume "$(CURDIR)/.env:/.env:ro" $(TOOLS_IMAGE) config-check --env-file /.env 2>&1) \
@@ -72,13 +67,18 @@ check: images ## test .env without starting anything
 	@$(COMPOSE) run --rm --no-deps -T config-check
 
 .PHONY: restart
-restart: ## restart step-ca and Caddy (connections drain for up to a minute)
-	@$(COMPOSE) restart $(CAS) caddy
-	@$(COMPOSE) up -d --wait
+restart: ## restart every step-ca, one at a time: no request fails
+	@COMPOSE='$(COMPOSE)' step-ca/roll.sh restart
 
 .PHONY: status
-status: ## show the services and their health
+status: ## show the services, the edge's view of step-ca, and as whom this machine arrives there
 	@$(COMPOSE) ps --all --format 'table {{.Service}}\t{{.Status}}\t{{.Ports}}'
+	@echo; $(COMPOSE) exec -T caddy caddy upstreams
+	@COMPOSE='$(COMPOSE)' caddy/seen.sh
+
+.PHONY: alerts
+alerts: ## which alerts fire (with COMPOSE_PROFILES=metrics)
+	@$(COMPOSE) exec -T prometheus promtool query instant http://localhost:9090 'ALERTS{alertstate="firing"}'
 
 .PHONY: trust
 trust: ## put the trust anchors into ./trust
@@ -86,6 +86,63 @@ trust: ## put the trust anchors into ./trust
 	test -n "$$id" || { echo 'trust: error: the stack has not run yet'; echo 'trust: hint: make up'; exit 1; } >&2; \
 	mkdir -p trust; docker cp "$$id:/trust/." trust/ >/dev/null; \
 	(cd trust && sha256sum --check --quiet SHA256SUMS); ls trust
+
+BACKUP_DIR ?= backups
+ENV_FILE ?= .env
+AS_OPERATOR = docker run --rm --interactive --network none --user "$$(id -u):$$(id -g)"
+# What opens the archive, and then the archive: neither gets into the stack as a file.
+OPENED = { cat "$(IDENTITY)"; echo; cat "$(ARCHIVE)"; }
+ARCHIVE_GIVEN = test -f "$(ARCHIVE)" && test -f "$(IDENTITY)" \
+	|| { echo '$@: error: ARCHIVE and IDENTITY must name files'; echo '$@: hint: make $@ ARCHIVE=backups/infra-pki-20260131T030000Z.age IDENTITY=backup-identity.txt'; exit 2; } >&2
+
+.PHONY: backup-key
+backup-key: images ## make the key that opens backups, into ./backup-identity.txt
+	@$(AS_OPERATOR) --volume "$(CURDIR):/here" --workdir /here $(TOOLS_IMAGE) pkictl backup keygen backup-identity.txt
+	@echo 'Set BACKUP_RECIPIENTS in .env to that line, and take backup-identity.txt to where this machine'"'"'s loss does not reach it.'
+
+.PHONY: backup
+backup: ## write the whole CA into an encrypted archive in ./backups (BACKUP_DIR=…)
+	@mkdir -p -m 700 "$(BACKUP_DIR)"; dir=$$(cd "$(BACKUP_DIR)" && pwd); \
+	receipt=$$($(COMPOSE) run --rm --no-deps -T backup create < "$(ENV_FILE)" \
+		| $(AS_OPERATOR) --volume "$$dir:$$dir" $(TOOLS_IMAGE) pkictl backup store --out "$$dir"); \
+	echo "$$receipt" | $(COMPOSE) run --rm --no-deps -T backup record
+
+.PHONY: verify
+verify: ## test ARCHIVE=… with IDENTITY=…, without restoring it
+	@$(ARCHIVE_GIVEN)
+	@$(OPENED) | $(AS_OPERATOR) $(TOOLS_IMAGE) pkictl backup verify --identity - -
+
+.PHONY: restore
+restore: images ## bring ARCHIVE=… into an empty stack, with IDENTITY=…, and start it
+	@$(ARCHIVE_GIVEN)
+	@$(OPENED) | $(AS_OPERATOR) --volume "$(CURDIR):/checkout" $(TOOLS_IMAGE) pkictl backup files --identity - --into /checkout -
+	@$(MAKE) load
+	@$(MAKE) up
+
+# The database and the volumes alone.
+.PHONY: load
+load:
+	@$(OPENED) | $(COMPOSE) run --rm -T restore $(RESTORE) --identity - -
+
+# The scratch project of a drill: its own port, and a network of its own (the first 24 bits).
+DRILL_PORT ?= 19000
+DRILL_NET ?= 172.28.199
+
+.PHONY: drill
+drill: ## prove that ARCHIVE=… restores, with IDENTITY=…: a second CA beside this one, for a minute
+	@$(ARCHIVE_GIVEN)
+	@dir=$$(mktemp -d); scratch="docker compose -p infra-pki-drill -f docker-compose.yml --env-file $$dir/.env"; \
+	trap '$$scratch down -v >/dev/null 2>&1 || true; rm -rf "$$dir"' EXIT; \
+	export CA_PORT=$(DRILL_PORT) EDGE_SUBNET=$(DRILL_NET).0/24 ALLOWED_IPS=$(DRILL_NET).1 COMPOSE_PROFILES= STEP_CA_REPLICAS=1 \
+		PROVISIONERS_DIR="$$dir/step-ca/provisioners.d" TEMPLATES_DIR="$$dir/step-ca/templates" IMPORT_DIR="$$dir/import"; \
+	mkdir -p "$$PROVISIONERS_DIR" "$$TEMPLATES_DIR" "$$IMPORT_DIR"; \
+	$(OPENED) | $(AS_OPERATOR) --volume "$$dir:/checkout" $(TOOLS_IMAGE) pkictl backup files --identity - --into /checkout -; \
+	$$scratch down -v; \
+	$(OPENED) | $$scratch run --rm -T restore; \
+	$$scratch up -d --wait; \
+	$$scratch run --rm --no-deps -T db-wait; \
+	$$scratch run --rm -T probe --ca-url "https://127.0.0.1:$(DRILL_PORT)"; \
+	echo 'drill: good: the backup restores, its CA issues and renews, and one-time tokens are guarded'
 
 .PHONY: images
 images: ## get every image, or build it where no registry answers
@@ -95,12 +152,18 @@ images: ## get every image, or build it where no registry answers
 ##@ Develop
 
 .PHONY: test
-test: lint unit e2e ## everything: lint, unit and integration tests, end to end
+test: lint unit fuzz e2e ## everything: lint, unit and integration tests, fuzzing for a while, end to end
 
 .PHONY: unit
 unit: prerequisites ## the tests that need no stack
 	@go -C tools test -count=1 ./...
 	@go -C caddy/edge test -count=1 ./...
+
+.PHONY: fuzz
+fuzz: prerequisites ## fuzz each parser of outside input for FUZZTIME (3s)
+	@for module in tools caddy/edge; do (cd $$module; grep -rE '^func Fuzz' --include='*_test.go' . | while IFS=: read -r file func; do \
+		name=$${func#func }; said=$$(go test -run '^$$' -fuzz "^$${name%%(*}\$$" -fuzztime $${FUZZTIME:-3s} ./$$(dirname $$file) </dev/null 2>&1) \
+			|| { echo "$$said"; exit 1; }; tail -n 1 <<<"$$said"; done); done
 
 .PHONY: e2e
 e2e: prerequisites images ## drive the real stack, under project names and ports of its own
@@ -119,8 +182,12 @@ prerequisites:
 	@tools/e2e/prerequisites.sh
 
 .PHONY: bench
-bench: images ## measure start-up, memory and sizes (see BENCHMARKS.md)
-	@go -C tools/e2e test -count=1 -timeout 30m -run '^$$' -bench . ./...
+bench: prerequisites images ## rates against stock wirings, haproxy and nginx; start-up, memory, sizes (see BENCHMARKS.md)
+	@go -C tools/e2e test -count=1 -timeout 60m -run '^$$' -bench . ./...
+
+.PHONY: faults
+faults: prerequisites images ## everything that can happen, under load: a table of what clients saw
+	@FAULTS=1 go -C tools/e2e test -count=1 -timeout 60m -run '^TestFaults$$' -v ./...
 
 .PHONY: vuln
 vuln: ## look for known vulnerabilities (needs the network)

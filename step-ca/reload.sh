@@ -1,11 +1,11 @@
 #!/bin/bash
 # Makes the step-ca of this container take a changed configuration, and says
-# whether it did. Run inside the container by "make init" and "make up", with the
-# service's name; step-ca is process 1. Exit codes: 0 done or nothing to do, 1 refused,
-# 3 only a restart helps.
+# whether it did. Run inside the container by step-ca/roll.sh, with the service's
+# name; step-ca is process 1. With --due it only says what there is to do.
+# Exit codes: 0 done or nothing to do, 1 refused, 3 only a restart helps, 4 a reload is due.
 set -euo pipefail
 cd "$STEPPATH"
-service=$1
+service=$1 due=${2-}
 case $service in
   step-ca) config=config/ca.json ;;
   *) config=config/$service.json ;;
@@ -15,16 +15,26 @@ esac
 started=.
 reloaded=/tmp/step-ca-reloaded
 
+restart() {
+  echo "$service: $1, it needs a restart"
+  exit 3
+}
 if [[ secrets/pgpass -nt $started ]]; then
   # The running process keeps the password that it has read (smallstep/nosql opens
   # its pool once), and a reload keeps the pool.
-  echo "$service: the database password changed since its start, it needs a restart"
-  exit 3
+  restart "the database password changed since its start"
 fi
 if [[ ! $config -nt $started ]] || [[ -e $reloaded && ! $config -nt $reloaded ]]; then
   echo "$service: unchanged"
   exit
 fi
+# What step-ca takes at its start alone: it refuses to reload with another database, and
+# goes on with its further listeners as they were (smallstep/certificates, ca/ca.go, Reload).
+at_start=/tmp/at-start-$(stat -c %Y $started)
+if ! cmp -s "$at_start" <(jq -cS '[.db, .insecureAddress, .metricsAddress, .crl]' "$config"); then
+  restart "its database or its listeners changed since its start"
+fi
+[[ $due != --due ]] || exit 4
 
 # Nobody else's reload may be taken for this one (see health.sh).
 exec 9>/tmp/reload.lock

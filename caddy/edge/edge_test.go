@@ -9,11 +9,13 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"io"
 	"log"
 	"math/big"
+	mathrand "math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -22,6 +24,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -36,8 +39,14 @@ import (
 // that xcaddy links, in a process of its own, without a second build.
 const asCaddy = "EDGE_TEST_AS_CADDY"
 
+// nameserverVar gives that process a name server of the test.
+const nameserverVar = "EDGE_TEST_NAMESERVER"
+
 func TestMain(m *testing.M) {
 	if os.Getenv(asCaddy) != "" {
+		if addr := os.Getenv(nameserverVar); addr != "" {
+			net.DefaultResolver = resolverAt(addr)
+		}
 		caddycmd.Main()
 		return
 	}
@@ -53,6 +62,7 @@ const (
 )
 
 func TestCaddyfileIsValidOnlyWithAnAllowList(t *testing.T) {
+	t.Parallel()
 	for name, tc := range map[string]struct {
 		allow   string
 		problem string
@@ -75,7 +85,7 @@ func TestCaddyfileIsValidOnlyWithAnAllowList(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			e := newEdge(t, "127.0.0.1:1", tc.allow)
+			e := newEdge(t, nil, "127.0.0.1:1", tc.allow)
 			out, err := e.caddy(t, "validate", "--config", e.caddyfile, "--adapter", "caddyfile")
 			if tc.problem == "" {
 				require.NoError(t, err, out)
@@ -88,7 +98,7 @@ func TestCaddyfileIsValidOnlyWithAnAllowList(t *testing.T) {
 
 	t.Run("no file", func(t *testing.T) {
 		t.Parallel()
-		e := newEdge(t, "127.0.0.1:1", allowList)
+		e := newEdge(t, nil, "127.0.0.1:1", allowList)
 		require.NoError(t, os.Remove(e.allowList))
 		out, err := e.caddy(t, "validate", "--config", e.caddyfile, "--adapter", "caddyfile")
 		require.Error(t, err, out)
@@ -97,33 +107,30 @@ func TestCaddyfileIsValidOnlyWithAnAllowList(t *testing.T) {
 }
 
 func TestRunningEdgeKeepsItsAllowListWhenAReloadIsRefused(t *testing.T) {
+	t.Parallel()
 	ca := newAuthority(t)
 	up := ca.serve(t)
-	e := newEdge(t, up.addr, allowList)
+	e := newEdge(t, ca, up.addr, allowList)
 	e.run(t)
 
-	reload := func() (string, error) {
-		return e.caddy(t, "reload", "--config", e.caddyfile, "--adapter", "caddyfile", "--address", "unix/"+e.admin)
-	}
-	write := func(allow string) { require.NoError(t, os.WriteFile(e.allowList, []byte(allow), 0o600)) }
-
-	write("")
-	out, err := reload()
+	write(t, e.allowList, "")
+	out, err := e.reload(t)
 	require.Error(t, err, out)
 	require.Equal(t, "client of the test", e.whoami(t, insider, ca), "the old list still admits")
 	e.requireRefused(t, outsider, nil)
 
-	write("remote_ip " + outsider + "\n")
-	out, err = reload()
+	write(t, e.allowList, "remote_ip "+outsider+"\n")
+	out, err = e.reload(t)
 	require.NoError(t, err, out)
 	require.Equal(t, "client of the test", e.whoami(t, outsider, ca), "the new list admits")
 	e.requireRefused(t, insider, nil)
 }
 
 func TestOutsiderGetsNoByteAndALineInTheLog(t *testing.T) {
+	t.Parallel()
 	ca := newAuthority(t)
 	up := ca.serve(t)
-	e := newEdge(t, up.addr, allowList)
+	e := newEdge(t, ca, up.addr, allowList)
 	e.run(t)
 
 	hello := recordHello(t)
@@ -142,24 +149,26 @@ func TestOutsiderGetsNoByteAndALineInTheLog(t *testing.T) {
 			e.waitForLog(t, `"decision":"denied","remote":"`+local+`"`)
 		})
 	}
-	require.Zero(t, up.accepted(), "step-ca must not even be dialled")
+	up.requireNotDialled(t)
 }
 
 func TestClientThatIsNotTLSGetsNoByteAndALineInTheLog(t *testing.T) {
+	t.Parallel()
 	ca := newAuthority(t)
 	up := ca.serve(t)
-	e := newEdge(t, up.addr, allowList)
+	e := newEdge(t, ca, up.addr, allowList)
 	e.run(t)
 
 	local := e.requireRefused(t, insider, []byte("GET /health HTTP/1.1\r\n\r\n"))
 	e.waitForLog(t, `"decision":"not-tls","remote":"`+local+`"`)
-	require.Zero(t, up.accepted())
+	up.requireNotDialled(t)
 }
 
 func TestAdmittedClientMayBeSlowWithItsClientHello(t *testing.T) {
+	t.Parallel()
 	ca := newAuthority(t)
 	up := ca.serve(t)
-	e := newEdge(t, up.addr, allowList)
+	e := newEdge(t, ca, up.addr, allowList)
 	e.run(t)
 
 	// In small pieces, so that neither route behind the allow-list may decide
@@ -181,65 +190,46 @@ func TestAdmittedClientMayBeSlowWithItsClientHello(t *testing.T) {
 }
 
 func TestAdmittedClientHasMutualTLSWithTheCA(t *testing.T) {
+	t.Parallel()
 	ca := newAuthority(t)
 	up := ca.serve(t)
-	e := newEdge(t, up.addr, allowList)
+	e := newEdge(t, ca, up.addr, allowList)
 	e.run(t)
 	require.Equal(t, "client of the test", e.whoami(t, insider, ca))
-	require.NotContains(t, e.log(), insider+":", "only refusals are logged")
-}
-
-func TestHalfCloseReachesTheOtherSide(t *testing.T) {
-	ca := newAuthority(t)
-	ln := tls.NewListener(listen(t), ca.serverConfig(t))
-	go func() { // answers only once the client has finished sending
-		conn, err := ln.Accept()
-		if err != nil {
-			return
-		}
-		defer func() { _ = conn.Close() }()
-		all, err := io.ReadAll(conn)
-		if err == nil {
-			_, _ = fmt.Fprintf(conn, "got %d bytes", len(all))
-		}
-	}()
-	e := newEdge(t, ln.Addr().String(), allowList)
-	e.run(t)
-
-	raw := e.dial(t, insider)
-	conn := tls.Client(raw, ca.clientConfig(t))
-	_, err := conn.Write(bytes.Repeat([]byte("x"), 100_000))
-	require.NoError(t, err)
-	require.NoError(t, conn.CloseWrite())
-	require.NoError(t, raw.CloseWrite())
-	require.NoError(t, conn.SetReadDeadline(time.Now().Add(5*time.Second)))
-	answer, err := io.ReadAll(conn)
-	require.NoError(t, err)
-	require.Equal(t, "got 100000 bytes", string(answer))
+	e.waitForLog(t, `"decision":"admitted","remote":"`+insider+":")
 }
 
 func TestEdgeBridgesARestartOfTheCA(t *testing.T) {
+	t.Parallel()
 	ca := newAuthority(t)
 	addr := "127.0.0.1:" + freePort(t)
-	e := newEdge(t, addr, allowList)
+	e := newEdge(t, ca, addr, allowList)
 	e.run(t)
 
-	server := ca.server(t, stepCA())
+	server := ca.server(t, new(upstream))
 	server.Addr = addr
 	time.AfterFunc(time.Second, func() { _ = server.ListenAndServeTLS("", "") })
 	require.Equal(t, "client of the test", e.whoami(t, insider, ca))
 }
 
 func TestHealthcheck(t *testing.T) {
+	t.Parallel()
 	ca, other := newAuthority(t), newAuthority(t)
 	up := ca.serve(t)
 	root, otherRoot := ca.rootFile(t), other.rootFile(t)
-	healthy := newEdge(t, up.addr, allowList)
+	healthy := newEdge(t, ca, up.addr, allowList)
 	healthy.run(t)
-	loopbackAdmitted := newEdge(t, up.addr, "remote_ip 127.0.0.0/8\n")
+	withoutDB := ca.serve(t)
+	withoutDB.noDB.Store(true)
+	noDatabase := newEdge(t, ca, withoutDB.addr, allowList)
+	noDatabase.run(t)
+	noDatabase.waitForLog(t, `"state":"alive"`)
+	loopbackAdmitted := newEdge(t, ca, up.addr, "remote_ip 127.0.0.0/8\n")
 	loopbackAdmitted.run(t)
-	caDown := newEdge(t, "127.0.0.1:"+freePort(t), "remote_ip 127.0.0.0/8\n")
+	caDown := newEdge(t, ca, "127.0.0.1:"+freePort(t), "remote_ip 127.0.0.0/8\n")
 	caDown.run(t)
+	healthy.waitForLog(t, `"state":"ready"`)
+	loopbackAdmitted.waitForLog(t, `"state":"ready"`)
 	deaf := deafListener(t)
 	notOK := ca.serveHTTP(t, http.NotFoundHandler())
 
@@ -263,14 +253,24 @@ func TestHealthcheck(t *testing.T) {
 			want: "caddy healthcheck: error: reaching step-ca through " + caDown.probe + `: *` + "\n" +
 				"caddy healthcheck: hint: step-ca is down or out of reach; see its log with: docker compose logs step-ca\n",
 		},
+		"the database is down": {
+			args: []string{"--edge", noDatabase.edge, "--probe", noDatabase.probe, "--root", root, "--admin", "unix/" + noDatabase.admin},
+			want: `caddy healthcheck: error: step-ca at 127.0.0.1 serves, but not from its database: database: /ssh/check-host answered "500 Internal Server Error"` + "\n" +
+				"caddy healthcheck: hint: see whether the database runs, with: docker compose ps postgres pgbouncer\n",
+		},
+		"the edge knows no CA that serves": {
+			args: []string{"--edge", caDown.edge, "--probe", healthy.probe, "--root", root, "--admin", "unix/" + caDown.admin},
+			want: "caddy healthcheck: error: no step-ca is in service\n" +
+				"caddy healthcheck: hint: caddy upstreams says why: docker compose exec caddy caddy upstreams\n",
+		},
 		"the CA hangs": {
 			args: []string{"--edge", healthy.edge, "--probe", deaf, "--root", root, "--timeout", "300ms"},
 			want: "caddy healthcheck: error: reaching step-ca through " + deaf + `: context deadline exceeded` + "\n" +
 				"caddy healthcheck: hint: step-ca hangs, or the edge no longer accepts; see step-ca's log, then restart caddy\n",
 		},
 		"the CA is not ok": {
-			args: []string{"--edge", healthy.edge, "--probe", notOK.addr, "--root", root},
-			want: "caddy healthcheck: error: reaching step-ca through " + notOK.addr + `: /health answered "404 Not Found"` + "\n" +
+			args: []string{"--edge", healthy.edge, "--probe", notOK, "--root", root},
+			want: "caddy healthcheck: error: reaching step-ca through " + notOK + `: /health answered "404 Not Found"` + "\n" +
 				"caddy healthcheck: hint: see step-ca's log with: docker compose logs step-ca\n",
 		},
 		"the root is that of another CA": {
@@ -296,7 +296,7 @@ func TestHealthcheck(t *testing.T) {
 		"the accept loop of the edge is dead": {
 			args: []string{"--edge", deaf, "--probe", healthy.probe, "--root", root, "--timeout", "1s"},
 			want: "caddy healthcheck: error: waiting for an answer from the edge at " + deaf + ": context deadline exceeded\n" +
-				"caddy healthcheck: hint: the edge accepts connections and serves none, which only a restart of caddy cures; raise its nofile limit\n",
+				"caddy healthcheck: hint: the edge accepts connections and serves none; if its log speaks of open files, raise its nofile limit or lower EDGE_MAX_CONNECTIONS\n",
 		},
 		"nothing listens at the probe": {
 			args: []string{"--edge", healthy.edge, "--probe", free, "--root", root},
@@ -311,7 +311,7 @@ func TestHealthcheck(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			out, err := healthy.caddy(t, append([]string{"healthcheck"}, tc.args...)...)
+			out, err := healthy.caddy(t, append([]string{"healthcheck", "--admin", "unix/" + healthy.admin}, tc.args...)...)
 			before, after, _ := strings.Cut(tc.want, "*")
 			require.True(t, strings.HasPrefix(out, before) && strings.HasSuffix(out, after), "want %q\ngot %q", tc.want, out)
 			if before == tc.want {
@@ -339,34 +339,38 @@ func TestHealthcheck(t *testing.T) {
 	})
 }
 
-// TestHealthcheckSeesAnEdgeWithoutDescriptors provokes the real thing that the
-// deaf listener above stands for.
-func TestHealthcheckSeesAnEdgeWithoutDescriptors(t *testing.T) {
+// TestEdgeRecoversFromALackOfDescriptors is about what ends the accept loop of
+// caddy-l4 for good.
+func TestEdgeRecoversFromALackOfDescriptors(t *testing.T) {
+	t.Parallel()
 	ca := newAuthority(t)
 	up := ca.serve(t)
-	e := newEdge(t, up.addr, allowList)
+	e := newEdge(t, ca, up.addr, allowList)
 	ctx := context.WithoutCancel(t.Context())
 	cmd := e.command(ctx, "run", "--config", e.caddyfile, "--adapter", "caddyfile")
-	shell := exec.CommandContext(ctx, "sh", append([]string{"-c", `ulimit -n 48 && exec "$0" "$@"`}, cmd.Args...)...)
+	shell := exec.CommandContext(ctx, "sh", append([]string{"-c", `ulimit -n 64 && exec "$0" "$@"`}, cmd.Args...)...)
 	shell.Env = cmd.Env
 	e.start(t, shell)
 
-	for range 60 { // each is held while the edge waits for its ClientHello
+	for range 80 { // each is held while the edge waits for its ClientHello
 		e.dial(t, insider)
 	}
-	time.Sleep(4 * time.Second) // past matching_timeout: all of them are over
-
-	out, err := e.caddy(t, "healthcheck", "--edge", e.edge, "--probe", e.probe, "--root", ca.rootFile(t), "--timeout", "1s")
-	require.Error(t, err)
-	require.Contains(t, out, "waiting for an answer from the edge", "descriptors are free again, the accept loop has not come back")
+	e.waitForLog(t, "accepting connections; trying again")
+	out, err := e.caddy(t, "healthcheck", "--edge", e.edge, "--probe", e.probe, "--admin", "unix/"+e.admin, "--root", e.root, "--timeout", "1s")
+	require.Error(t, err, out)
+	require.Eventually(t, func() bool {
+		_, err := get(e.dial(t, insider), ca.clientConfig(t), "/whoami")
+		return err == nil
+	}, 10*time.Second, 100*time.Millisecond, "descriptors are free again")
 }
 
 // TestStockNegationAdmitsEverybody is the reason for edge_outside. Once it
 // fails, caddy-l4 has learned to refuse an empty matcher set.
 func TestStockNegationAdmitsEverybody(t *testing.T) {
+	t.Parallel()
 	ca := newAuthority(t)
 	up := ca.serve(t)
-	e := newEdge(t, up.addr, "")
+	e := newEdge(t, ca, up.addr, "")
 	config, err := os.ReadFile(e.caddyfile)
 	require.NoError(t, err)
 	config = bytes.ReplaceAll(config, []byte("edge_outside {"), []byte("not {"))
@@ -377,27 +381,34 @@ func TestStockNegationAdmitsEverybody(t *testing.T) {
 
 // edge is one Caddy with the shipped Caddyfile.
 type edge struct {
-	caddyfile, allowList, admin string // paths
-	revocation                  string // the directory of CRL and KRL, which is not there
-	edge, probe                 string // addresses as seen from 127.0.0.1
-	port, plainPort             string
-	crl                         string // address of the step-ca that keeps the CRL
-	stderr                      lockedBuffer
+	caddyfile, allowList, limits, balancers, root, admin string // paths
+	revocation                                           string // the directory of CRL and KRL, which is not there
+	edge, probe                                          string // addresses as seen from 127.0.0.1
+	port, plainPort, metricsPort                         string
+	crl                                                  string // address of the step-ca that keeps the CRL
+	nameserver                                           string // in place of the machine's own, where a test has one
+	process                                              *os.Process
+	stderr                                               lockedBuffer
 }
 
 // newEdge copies the shipped Caddyfile, with the paths, ports and the upstream
-// of the container replaced by ones that a test may use.
-func newEdge(t *testing.T, upstream, allow string) *edge {
+// of the container replaced by ones that a test may use. The root is that of ca,
+// or missing.
+func newEdge(t *testing.T, ca *authority, upstream, allow string) *edge {
 	t.Helper()
 	dir := t.TempDir()
 	e := &edge{
-		caddyfile:  filepath.Join(dir, "Caddyfile"),
-		allowList:  filepath.Join(dir, "allow.caddy"),
-		admin:      filepath.Join(dir, "admin.sock"),
-		revocation: filepath.Join(dir, "revocation"),
-		port:       freePort(t),
-		plainPort:  freePort(t),
-		crl:        "127.0.0.1:" + freePort(t),
+		caddyfile:   filepath.Join(dir, "Caddyfile"),
+		allowList:   filepath.Join(dir, "allow.caddy"),
+		limits:      filepath.Join(dir, "limits.caddy"),
+		balancers:   filepath.Join(dir, "balancers.caddy"),
+		root:        filepath.Join(dir, "root_ca.crt"),
+		admin:       filepath.Join(dir, "admin.sock"),
+		revocation:  filepath.Join(dir, "revocation"),
+		port:        freePort(t),
+		plainPort:   freePort(t),
+		metricsPort: freePort(t),
+		crl:         "127.0.0.1:" + freePort(t),
 	}
 	files := freePort(t)
 	e.edge, e.probe = "127.0.0.1:"+e.port, "127.0.0.1:"+freePort(t)
@@ -410,28 +421,46 @@ func newEdge(t *testing.T, upstream, allow string) *edge {
 		times     int
 	}{
 		{"/etc/caddy/allow/allow.caddy", e.allowList, 3},
+		{"/etc/caddy/allow/limits.caddy", e.limits, 2},
+		{"/etc/caddy/allow/balancers.caddy", e.balancers, 1},
+		{"/trust/root_ca.crt", e.root, 3},
 		{"/run/edge/admin.sock", e.admin, 1},
-		{"\t:9000 {", "\t:" + e.port + " {", 1},
+		{"\tedge/:9000 {", "\tedge/:" + e.port + " {", 1},
 		{"127.0.0.1:9001 {", e.probe + " {", 1},
-		{"upstream step-ca:9000", "upstream " + upstream, 2},
-		{"upstream crl.:9000", "upstream " + e.crl, 1},
-		{"\t:9080 {", "\t:" + e.plainPort + " {", 1},
+		{"edge_proxy step-ca.:9000 {", "edge_proxy " + upstream + " {", 2},
+		{"edge_proxy crl.:9000 {", "edge_proxy " + e.crl + " {", 1},
+		{"\tedge/:9080 {", "\tedge/:" + e.plainPort + " {", 1},
 		{"127.0.0.1:9081", "127.0.0.1:" + files, 2},
 		{"http://:9081 {", "http://:" + files + " {", 1},
+		{"http://:9180 {", "http://:" + e.metricsPort + " {", 1},
+		{"servers :9180 {", "servers :" + e.metricsPort + " {", 1},
 		{"root /revocation", "root " + e.revocation, 1},
 	} {
 		require.Equal(t, r.times, strings.Count(config, r.old), "%q in the shipped Caddyfile", r.old)
 		config = strings.ReplaceAll(config, r.old, r.with)
 	}
-	require.NoError(t, os.WriteFile(e.caddyfile, []byte(config), 0o600))
-	require.NoError(t, os.WriteFile(e.allowList, []byte(allow), 0o600))
+	write(t, e.caddyfile, config)
+	write(t, e.allowList, allow)
+	write(t, e.limits, limits)
+	write(t, e.balancers, "none\n")
+	if ca != nil {
+		write(t, e.root, string(ca.rootPEM()))
+	}
 	return e
+}
+
+// limits are those of the shipped .env.example.
+const limits = "max_connections 7000\nmax_per_source 5000\nrate_per_source 2000\n"
+
+func write(t *testing.T, path, content string) {
+	t.Helper()
+	require.NoError(t, os.WriteFile(path, []byte(content), 0o600))
 }
 
 func (e *edge) command(ctx context.Context, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, os.Args[0], args...) //nolint:gosec // G702: the test's own binary
 	home := filepath.Dir(e.caddyfile)
-	cmd.Env = append(os.Environ(), asCaddy+"=1", "HOME="+home, "XDG_CONFIG_HOME="+home, "XDG_DATA_HOME="+home)
+	cmd.Env = append(os.Environ(), asCaddy+"=1", "HOME="+home, "XDG_CONFIG_HOME="+home, "XDG_DATA_HOME="+home, nameserverVar+"="+e.nameserver)
 	return cmd
 }
 
@@ -453,6 +482,7 @@ func (e *edge) start(t *testing.T, cmd *exec.Cmd) {
 	t.Helper()
 	cmd.Stderr = &e.stderr
 	require.NoError(t, cmd.Start())
+	e.process = cmd.Process
 	t.Cleanup(func() {
 		_ = cmd.Process.Signal(syscall.SIGTERM)
 		_ = cmd.Wait()
@@ -463,11 +493,16 @@ func (e *edge) start(t *testing.T, cmd *exec.Cmd) {
 	e.waitForLog(t, `"msg":"serving initial configuration"`)
 }
 
+func (e *edge) reload(t *testing.T) (string, error) {
+	t.Helper()
+	return e.caddy(t, "reload", "--force", "--config", e.caddyfile, "--adapter", "caddyfile", "--address", "unix/"+e.admin)
+}
+
 func (e *edge) log() string { return e.stderr.String() }
 
 func (e *edge) waitForLog(t *testing.T, want string) {
 	t.Helper()
-	require.Eventually(t, func() bool { return strings.Contains(e.log(), want) }, 10*time.Second, 10*time.Millisecond,
+	require.Eventually(t, func() bool { return strings.Contains(e.log(), want) }, 30*time.Second, 10*time.Millisecond,
 		"waiting for %s in the log", want)
 }
 
@@ -515,21 +550,39 @@ func requireClosed(t *testing.T, conn *net.TCPConn, send []byte) string {
 // wants the CA's own certificate in return.
 func (e *edge) whoami(t *testing.T, from string, ca *authority) string {
 	t.Helper()
-	conn := tls.Client(e.dial(t, from), ca.clientConfig(t))
-	require.NoError(t, conn.SetDeadline(time.Now().Add(8*time.Second)))
-	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "https://localhost/whoami", http.NoBody)
+	body, err := get(e.dial(t, from), ca.clientConfig(t), "/whoami")
 	require.NoError(t, err)
+	return body
+}
+
+// get makes one request on a connection and closes it.
+func get(raw net.Conn, config *tls.Config, path string) (string, error) {
+	conn := tls.Client(raw, config)
+	defer func() { _ = conn.Close() }()
+	if err := conn.SetDeadline(time.Now().Add(8 * time.Second)); err != nil {
+		return "", err
+	}
+	req, err := http.NewRequestWithContext(context.Background(), http.MethodGet, "https://localhost"+path, http.NoBody)
+	if err != nil {
+		return "", err
+	}
 	client := http.Client{Transport: &http.Transport{
 		DialTLSContext:    func(context.Context, string, string) (net.Conn, error) { return conn, nil },
 		DisableKeepAlives: true,
 	}}
 	resp, err := client.Do(req)
-	require.NoError(t, err)
+	if err != nil {
+		return "", err
+	}
 	defer func() { _ = resp.Body.Close() }()
 	body, err := io.ReadAll(resp.Body)
-	require.NoError(t, err)
-	require.Equal(t, uint16(tls.VersionTLS13), conn.ConnectionState().Version)
-	return string(body)
+	if resp.StatusCode != http.StatusOK {
+		return "", fmt.Errorf("answered %q", resp.Status)
+	}
+	if v := conn.ConnectionState().Version; v != tls.VersionTLS13 {
+		return "", fmt.Errorf("TLS version %x", v)
+	}
+	return string(body), err
 }
 
 // authority is a CA in step-ca's place: its own root, one server certificate
@@ -599,42 +652,90 @@ func (ca *authority) clientConfig(t *testing.T) *tls.Config {
 func (ca *authority) rootFile(t *testing.T) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "root_ca.crt")
-	require.NoError(t, os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.cert.Raw}), 0o600))
+	write(t, path, string(ca.rootPEM()))
 	return path
+}
+
+func (ca *authority) rootPEM() []byte {
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.cert.Raw})
 }
 
 // upstream is a running stand-in for step-ca.
 type upstream struct {
 	addr     string
-	accepted func() int
+	listener *gatedListener
+	server   *http.Server
+	checks   atomic.Int64 // answered questions of the edge, each on a connection of its own
+	noDB     atomic.Bool  // as when the database is down
+
+	slowHealth atomic.Bool // as on a machine that is busy
 }
 
 func (ca *authority) serve(t *testing.T) *upstream {
 	t.Helper()
-	return ca.serveHTTP(t, stepCA())
+	return ca.serveAt(t, "127.0.0.1:0")
 }
 
-// stepCA answers /health as step-ca does, and /whoami with the name in the
-// client's certificate.
-func stepCA() http.Handler {
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) {
+func (ca *authority) serveAt(t *testing.T, addr string) *upstream {
+	t.Helper()
+	ln, err := new(net.ListenConfig).Listen(t.Context(), "tcp", addr)
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = ln.Close() })
+	up := &upstream{addr: ln.Addr().String(), listener: &gatedListener{Listener: ln}}
+	up.server = ca.server(t, up)
+	go func() { _ = up.server.ServeTLS(up.listener, "", "") }()
+	return up
+}
+
+// ServeHTTP answers /health and /ssh/check-host as step-ca does, and /whoami with
+// the name in the client's certificate.
+func (u *upstream) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	switch r.Method + " " + r.URL.Path {
+	case "GET /health":
+		u.checks.Add(1)
+		if u.slowHealth.Load() {
+			<-r.Context().Done()
+			return
+		}
 		_, _ = io.WriteString(w, `{"status":"ok"}`)
-	})
-	mux.HandleFunc("GET /whoami", func(w http.ResponseWriter, r *http.Request) {
+	case "POST /ssh/check-host":
+		u.checks.Add(1)
+		var body struct{ Type, Principal string }
+		if json.NewDecoder(r.Body).Decode(&body) != nil || body.Type != "host" || body.Principal == "" {
+			http.Error(w, "", http.StatusBadRequest)
+			return
+		}
+		if u.noDB.Load() {
+			http.Error(w, "", http.StatusInternalServerError)
+			return
+		}
+		_, _ = io.WriteString(w, `{"exists":false}`)
+	case "GET /whoami":
 		if len(r.TLS.PeerCertificates) > 0 {
 			_, _ = io.WriteString(w, r.TLS.PeerCertificates[0].Subject.CommonName) //nolint:gosec // G705: no browser reads this
 		}
-	})
-	return mux
+	case "GET /where":
+		_, _ = io.WriteString(w, u.addr)
+	default:
+		http.NotFound(w, r)
+	}
 }
 
-func (ca *authority) serveHTTP(t *testing.T, handler http.Handler) *upstream {
+// dialled is how many connections there were besides those of the checks.
+func (u *upstream) dialled() int { return u.listener.count() - int(u.checks.Load()) }
+
+func (u *upstream) requireNotDialled(t *testing.T) {
 	t.Helper()
-	ln := &countingListener{Listener: listen(t)}
+	require.Eventually(t, func() bool { return u.dialled() == 0 }, 5*time.Second, 10*time.Millisecond,
+		"step-ca must not even be dialled")
+}
+
+func (ca *authority) serveHTTP(t *testing.T, handler http.Handler) string {
+	t.Helper()
+	ln := listen(t)
 	server := ca.server(t, handler)
 	go func() { _ = server.ServeTLS(ln, "", "") }()
-	return &upstream{addr: ln.Addr().String(), accepted: ln.count}
+	return ln.Addr().String()
 }
 
 func (ca *authority) server(t *testing.T, handler http.Handler) *http.Server {
@@ -647,26 +748,49 @@ func (ca *authority) server(t *testing.T, handler http.Handler) *http.Server {
 	return server
 }
 
-type countingListener struct {
+// gatedListener counts connections, and makes all of them stand still, as those
+// of a process that is stopped.
+type gatedListener struct {
 	net.Listener
-	mu sync.Mutex
-	n  int
+	accepted atomic.Int64
+	gate     sync.RWMutex
 }
 
-func (l *countingListener) Accept() (net.Conn, error) {
+func (l *gatedListener) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
-	if err == nil {
-		l.mu.Lock()
-		l.n++
-		l.mu.Unlock()
+	l.gate.RLock()
+	defer l.gate.RUnlock()
+	if err != nil {
+		return nil, err
 	}
-	return conn, err
+	l.accepted.Add(1)
+	return &gatedConn{conn.(*net.TCPConn), &l.gate}, nil
 }
 
-func (l *countingListener) count() int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.n
+func (l *gatedListener) count() int { return int(l.accepted.Load()) }
+
+// freeze stops everything until the returned function is called.
+func (l *gatedListener) freeze() func() {
+	l.gate.Lock()
+	return sync.OnceFunc(l.gate.Unlock)
+}
+
+type gatedConn struct {
+	*net.TCPConn
+	gate *sync.RWMutex
+}
+
+func (c *gatedConn) Read(b []byte) (int, error) {
+	n, err := c.TCPConn.Read(b)
+	c.gate.RLock()
+	defer c.gate.RUnlock()
+	return n, err
+}
+
+func (c *gatedConn) Write(b []byte) (int, error) {
+	c.gate.RLock()
+	defer c.gate.RUnlock()
+	return c.TCPConn.Write(b)
 }
 
 // deafListener is what a dead accept loop looks like from outside: the kernel
@@ -684,12 +808,31 @@ func listen(t *testing.T) net.Listener {
 	return ln
 }
 
+// freePort returns a port that is nobody's, and not among those that the kernel
+// gives to clients, of which the tests have thousands.
 func freePort(t *testing.T) string {
 	t.Helper()
-	ln := listen(t)
-	defer func() { _ = ln.Close() }()
-	return strconv.Itoa(ln.Addr().(*net.TCPAddr).Port)
+	usedPorts.Lock()
+	defer usedPorts.Unlock()
+	for {
+		port := strconv.Itoa(10_000 + mathrand.IntN(22_000)) //nolint:gosec // G404: not a secret
+		ln, err := new(net.ListenConfig).Listen(t.Context(), "tcp", ":"+port)
+		if err != nil {
+			continue
+		}
+		require.NoError(t, ln.Close())
+		if usedPorts.ports[port] {
+			continue
+		}
+		usedPorts.ports[port] = true
+		return port
+	}
 }
+
+var usedPorts = struct {
+	sync.Mutex
+	ports map[string]bool
+}{ports: make(map[string]bool)}
 
 // recordHello returns the ClientHello of Go's own client.
 func recordHello(t *testing.T) []byte {

@@ -3,25 +3,22 @@ package edge
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
-	"net/url"
-	"os"
 	"time"
 
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 	"github.com/spf13/cobra"
 )
 
-// healthcheck asks the two questions that decide whether the edge does its
-// job. A check of the process or of the admin API sees neither answer.
+// healthcheck asks the questions that decide whether the edge does its
+// job. A check of the process sees no answer to any of them.
 type healthcheck struct {
 	edge       string        // the listener that clients use
 	probe      string        // the loopback listener without allow-list
+	admin      string        // address of the admin API, as Caddy writes it
 	root       string        // PEM file that step-ca's certificate must verify against
 	serverName string        // name that step-ca's certificate must carry
 	timeout    time.Duration // for everything together
@@ -44,7 +41,8 @@ func healthcheckCommand() caddycmd.Command {
 
 1. through --probe, step-ca answers GET /health with a certificate for
    --server-name that verifies against --root;
-2. --edge answers a TLS ClientHello, be it by closing the connection because
+2. a step-ca reaches its database, as the edge itself has found;
+3. --edge answers a TLS ClientHello, be it by closing the connection because
    the allow-list refuses this address. Silence is a failure.`,
 		CobraFunc: func(cmd *cobra.Command) {
 			// Caddy appends its own usage text to Use.
@@ -54,27 +52,16 @@ func healthcheckCommand() caddycmd.Command {
 			flags := cmd.Flags()
 			flags.StringVar(&h.edge, "edge", "127.0.0.1:9000", "`address` of the listener that clients use")
 			flags.StringVar(&h.probe, "probe", "127.0.0.1:9001", "`address` of the listener without allow-list")
+			flags.StringVar(&h.admin, "admin", defaultAdmin, "`address` of the admin API")
 			flags.StringVar(&h.root, "root", "/trust/root_ca.crt", "PEM `file` with the root certificate")
 			flags.StringVar(&h.serverName, "server-name", "localhost", "`name` that step-ca's certificate must carry")
 			flags.DurationVar(&h.timeout, "timeout", 4*time.Second, "`limit` for the whole check")
-			cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+			command(cmd, func(cmd *cobra.Command, _ []string) error {
 				ctx, cancel := context.WithTimeout(cmd.Context(), h.timeout)
 				defer cancel()
-				err := h.run(ctx)
-				if err != nil {
-					cmd.SilenceErrors = true // cobra's own line has another form
-					report(cmd.ErrOrStderr(), err)
-				}
-				return err
-			}
+				return h.run(ctx)
+			})
 		},
-	}
-}
-
-func report(w io.Writer, err error) {
-	_, _ = fmt.Fprintf(w, "caddy healthcheck: error: %v\n", err)
-	if hinted, ok := errors.AsType[*hintError](err); ok {
-		_, _ = fmt.Fprintf(w, "caddy healthcheck: hint: %s\n", hinted.hint)
 	}
 }
 
@@ -89,50 +76,52 @@ func (h *healthcheck) run(ctx context.Context) error {
 	if err := h.checkUpstream(ctx, trust); err != nil {
 		return err
 	}
+	if err := h.checkDatabase(ctx); err != nil {
+		return err
+	}
 	return h.checkEdge(ctx, trust)
 }
 
 func (h *healthcheck) trust() (*tls.Config, error) {
-	const hint = "trust-export writes this file; see its log with: docker compose logs trust-export"
-	pem, err := os.ReadFile(h.root)
+	config, err := trust(h.root, h.serverName)
 	if err != nil {
-		return nil, &hintError{fmt.Errorf("reading root certificate: %w", err), hint}
+		return nil, &hintError{err, "trust-export writes this file; see its log with: docker compose logs trust-export"}
 	}
-	roots := x509.NewCertPool()
-	if !roots.AppendCertsFromPEM(pem) {
-		return nil, &hintError{fmt.Errorf("reading root certificate: no certificate in %q", h.root), hint}
-	}
-	return &tls.Config{RootCAs: roots, ServerName: h.serverName, MinVersion: tls.VersionTLS12}, nil
+	return config, nil
 }
 
 func (h *healthcheck) checkUpstream(ctx context.Context, trust *tls.Config) error {
-	var dialer net.Dialer
-	client := http.Client{Transport: &http.Transport{
-		DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
-			return dialer.DialContext(ctx, network, h.probe)
-		},
-		TLSClientConfig:   trust,
-		DisableKeepAlives: true,
-	}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+h.serverName+"/health", http.NoBody)
-	if err != nil {
-		return fmt.Errorf("building the request to step-ca: %w", err)
+	err := askHealth(ctx, h.probe, trust)
+	if err == nil {
+		return nil
 	}
-	resp, err := client.Do(req)
-	if urlErr, ok := errors.AsType[*url.Error](err); ok {
-		err = urlErr.Err // without the URL, which is not where it connected to
+	problem := fmt.Errorf("reaching step-ca through %s: %w", h.probe, err)
+	if _, answered := errors.AsType[*answeredError](err); answered {
+		return &hintError{problem, "see step-ca's log with: docker compose logs step-ca"}
 	}
-	if err != nil {
-		return &hintError{fmt.Errorf("reaching step-ca through %s: %w", h.probe, err), upstreamHint(err)}
+	return &hintError{problem, upstreamHint(err)}
+}
+
+// checkDatabase wants a replica that reaches its database. step-ca answers /health
+// without a look at it, and every request that matters with an error.
+func (h *healthcheck) checkDatabase(ctx context.Context) error {
+	var states []Status
+	if err := callAdmin(ctx, h.admin, http.MethodGet, upstreamsPath, nil, &states); err != nil {
+		return &hintError{fmt.Errorf("asking for the replicas: %w", err), "see caddy's log with: docker compose logs caddy"}
 	}
-	defer func() { _ = resp.Body.Close() }()
-	if resp.StatusCode != http.StatusOK {
-		return &hintError{
-			fmt.Errorf("reaching step-ca through %s: /health answered %q", h.probe, resp.Status),
-			"see step-ca's log with: docker compose logs step-ca",
+	var problem error
+	for _, s := range states {
+		switch s.State {
+		case ready:
+			return nil
+		case alive:
+			problem = fmt.Errorf("step-ca at %s serves, but not from its database: %s", s.Address, s.Error)
 		}
 	}
-	return nil
+	if problem == nil {
+		return &hintError{errors.New("no step-ca is in service"), "caddy upstreams says why: docker compose exec caddy caddy upstreams"}
+	}
+	return &hintError{problem, "see whether the database runs, with: docker compose ps postgres pgbouncer"}
 }
 
 func upstreamHint(err error) string {
@@ -148,10 +137,9 @@ func upstreamHint(err error) string {
 	return "step-ca is down or out of reach; see its log with: docker compose logs step-ca"
 }
 
-// checkEdge wants any sign of life from the listener itself. When descriptors
-// run out, caddy-l4's accept loop ends for good (layer4/server.go, serve): the
-// kernel still completes connections, the process and its admin API live on,
-// and no client is ever served again.
+// checkEdge wants any sign of life from the listener itself. While descriptors
+// are short, the kernel still completes connections and the process and its admin
+// API live on, but no client is served.
 //
 // The ClientHello is there for the case that the allow-list admits this
 // address: without it the edge would be silent for the whole matching_timeout.
@@ -169,7 +157,7 @@ func (h *healthcheck) checkEdge(ctx context.Context, trust *tls.Config) error {
 	if isTimeout(err) {
 		return &hintError{
 			fmt.Errorf("waiting for an answer from the edge at %s: %w", h.edge, err),
-			"the edge accepts connections and serves none, which only a restart of caddy cures; raise its nofile limit",
+			"the edge accepts connections and serves none; if its log speaks of open files, raise its nofile limit or lower EDGE_MAX_CONNECTIONS",
 		}
 	}
 	// Closed, refused as a certificate or completed: the edge answered.

@@ -2,6 +2,7 @@ package edge
 
 import (
 	"fmt"
+	"io"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -20,15 +21,16 @@ func TestLogReadsItsDecision(t *testing.T) {
 		line    string
 		problem string
 	}{
-		"a word":              {line: "edge_log denied"},
+		"refused":             {line: "edge_log denied"},
 		"two words":           {line: "edge_log not-tls"},
 		"no decision":         {line: "edge_log", problem: "wrong argument count"},
-		"two decisions":       {line: "edge_log denied allowed", problem: "wrong argument count"},
+		"two decisions":       {line: "edge_log denied admitted", problem: "wrong argument count"},
 		"a block":             {line: "edge_log denied {\n x\n}", problem: "edge_log takes no block"},
-		"upper case":          {line: "edge_log Denied", problem: `decision "Denied"`},
+		"upper case":          {line: "edge_log Denied", problem: `decision "Denied": want denied, not-tls or admitted`},
 		"a placeholder":       {line: "edge_log {env.X}", problem: `decision "{env.X}"`},
 		"an empty decision":   {line: `edge_log ""`, problem: `decision ""`},
-		"a dash at its start": {line: "edge_log -x", problem: `decision "-x"`},
+		"one of the limits'":  {line: "edge_log limited", problem: `decision "limited"`},
+		"one of the upstream": {line: "edge_log no-upstream", problem: `decision "no-upstream"`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			ctx, cancel := caddy.NewContext(caddy.Context{Context: t.Context()})
@@ -51,7 +53,7 @@ func TestLogReadsItsDecision(t *testing.T) {
 func TestLogIsBoundedAndForgetsNoSource(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		core, logs := observer.New(zapcore.InfoLevel)
-		l := Log{Decision: "denied"}
+		l := Log{Decision: denied}
 		l.start(zap.New(core))
 		passed := 0
 		next := layer4.HandlerFunc(func(*layer4.Connection) error { passed++; return nil })
@@ -64,7 +66,10 @@ func TestLogIsBoundedAndForgetsNoSource(t *testing.T) {
 		require.Equal(t, 1001, passed, "logging must not stop a connection")
 		require.Len(t, logs.All(), linesPerSource+1)
 		require.Equal(t,
-			map[string]any{"decision": "denied", "remote": "192.0.2.7:4711", "source": "192.0.2.7"},
+			map[string]any{
+				"decision": "denied", "remote": "192.0.2.7:4711", "source": "192.0.2.7",
+				"received": int64(0), "sent": int64(0), "duration": time.Duration(0),
+			},
 			logs.All()[linesPerSource].ContextMap(), "the quiet source is seen behind the loud one")
 
 		logs.TakeAll()
@@ -90,7 +95,7 @@ func TestLogIsBoundedAndForgetsNoSource(t *testing.T) {
 func TestLogNeedsBoundedMemory(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		core, logs := observer.New(zapcore.InfoLevel)
-		l := Log{Decision: "denied"}
+		l := Log{Decision: denied}
 		l.start(zap.New(core))
 		next := layer4.HandlerFunc(func(*layer4.Connection) error { return nil })
 		for i := range maxSources + 30 {
@@ -100,8 +105,40 @@ func TestLogNeedsBoundedMemory(t *testing.T) {
 		require.Len(t, logs.TakeAll(), maxSources)
 		require.NoError(t, l.Cleanup())
 		require.Len(t, logs.All(), 1)
-		require.Equal(t, map[string]any{"decision": "denied", "suppressed": int64(30)}, logs.All()[0].ContextMap())
+		require.Equal(t, map[string]any{"suppressed": int64(30)}, logs.All()[0].ContextMap())
 	})
+}
+
+func TestLogHasALineForEveryAdmittedConnection(t *testing.T) {
+	core, logs := observer.New(zapcore.InfoLevel)
+	l := Log{Decision: notTLS, logger: zap.New(core)}
+	next := layer4.HandlerFunc(func(cx *layer4.Connection) error {
+		conclude(cx, outcome{decision: admitted, upstream: "10.9.8.7:9000", err: io.ErrUnexpectedEOF})
+		return nil
+	})
+	for range linesPerSource + 3 {
+		require.NoError(t, l.Handle(connectionFrom("192.0.2.7"), next))
+	}
+	require.Len(t, logs.All(), linesPerSource+3)
+	line := logs.All()[0].ContextMap()
+	require.Equal(t, "admitted", line["decision"])
+	require.Equal(t, "10.9.8.7:9000", line["upstream"])
+	require.Equal(t, "unexpected EOF", line["error"])
+}
+
+func TestLogKeepsAPanicFromEndingTheEdge(t *testing.T) {
+	core, logs := observer.New(zapcore.InfoLevel)
+	l := Log{Decision: notTLS, logger: zap.New(core)}
+	var limit Limit
+	limit.MaxConnections, limit.MaxPerSource, limit.RatePerSource = 1, 1, 1000
+	for range 3 {
+		require.NoError(t, l.Handle(connectionFrom("192.0.2.77"), layer4.HandlerFunc(func(cx *layer4.Connection) error {
+			return limit.Handle(cx, layer4.HandlerFunc(func(*layer4.Connection) error { panic("a slip") }))
+		})), "the connection counts no longer, so that there is room for the next")
+	}
+	require.Len(t, logs.FilterLevelExact(zapcore.ErrorLevel).All(), 3)
+	require.Contains(t, logs.All()[0].ContextMap()["stack"], "TestLogKeepsAPanic")
+	require.Equal(t, "panic: a slip", logs.All()[5].ContextMap()["error"])
 }
 
 func TestSourceOfAConnection(t *testing.T) {

@@ -13,8 +13,9 @@ golang=golang:$GO-$DEBIAN
 caddy=caddy:$CADDY-builder
 postgres=postgres:$POSTGRES-$DEBIAN
 step_ca=smallstep/step-ca:$STEP_CA
+prometheus=prom/prometheus:v$PROMETHEUS
 # In this order, since the later ones stand on the earlier.
-images=("$debian" "$golang" "$postgres" "$step_ca" "$caddy")
+images=("$debian" "$golang" "$postgres" "$step_ca" "$caddy" "$prometheus")
 
 usage() {
   cat <<TEXT
@@ -300,17 +301,28 @@ build_golang() {
     "from Debian packages and the Go $GO toolchain, without a C compiler" "${args[@]}"
 }
 
-build_postgres() {
-  local package
-  # The exact minor version if the mirror still offers it: the tag says so.
+# Sets $package to the version of Debian package $2 that is the upstream version $3, if the
+# mirror still offers it (the tag of image $1 says so), else to the newest.
+find_package() {
   package=$(docker run --rm --network host "$debian" sh -c \
-    'apt-get update -qq >/dev/null && apt-cache madison postgresql-15' |
-    awk -v v="$POSTGRES-" 'NR == 1 { newest = $3 } index($3, v) == 1 { print $3; found = 1; exit } END { if (!found) print newest }')
-  [[ -n $package ]] || die 1 "looking for postgresql-15 on the Debian mirror: not there"
-  [[ $package == "$POSTGRES"-* ]] ||
-    echo "${prefix}warning: the Debian mirror has $package, the image is named $POSTGRES all the same"
+    "apt-get update -qq >/dev/null && apt-cache madison $2" |
+    awk -v v="$3" 'NR == 1 { newest = $3 } index($3, v) == 1 && substr($3, length(v) + 1) ~ /^[-+]/ { print $3; found = 1; exit }
+      END { if (!found) print newest }')
+  [[ -n $package ]] || die 1 "looking for $2 on the Debian mirror: not there"
+  [[ $package == "$3"[-+]* ]] ||
+    echo "${prefix}warning: the Debian mirror has $package, the image is named $1 all the same"
+}
+
+build_postgres() {
+  find_package "$postgres" postgresql-15 "$POSTGRES"
   step "installing Debian package postgresql-15 $package" docker_build "$postgres" postgres \
     "from Debian package postgresql-15 $package, without JIT" DEBIAN="$DEBIAN" VERSION="$package"
+}
+
+build_prometheus() {
+  find_package "$prometheus" prometheus "$PROMETHEUS"
+  step "unpacking Debian package prometheus $package" docker_build "$prometheus" prometheus \
+    "from Debian package prometheus $package" DEBIAN="$DEBIAN" VERSION="$package"
 }
 
 build_step_ca() {
@@ -391,6 +403,7 @@ for i in "${!missing[@]}"; do
     "$postgres") build_postgres ;;
     "$step_ca") build_step_ca ;;
     "$caddy") build_caddy ;;
+    "$prometheus") build_prometheus ;;
   esac
 done
 echo "built ${#missing[@]} images in $((SECONDS - begin)) s"

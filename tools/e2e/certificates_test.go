@@ -24,7 +24,7 @@ func requireRefused(t *testing.T, s *stack.Stack, reason string, run func() stac
 	begin := time.Now()
 	out := run()
 	require.NotZero(t, out.Code, "was not refused: %s", out)
-	log := stack.Docker(t, "logs", "--since", begin.Format(time.RFC3339Nano), s.Containers()["step-ca"].ID).OK(t)
+	log := s.Compose("logs", "--no-log-prefix", "--since", begin.Format(time.RFC3339Nano), "step-ca").OK(t)
 	require.Contains(t, out.Output()+log.Output(), reason)
 }
 

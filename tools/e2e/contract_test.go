@@ -70,11 +70,12 @@ func stays(s types.ServiceConfig) bool { return s.Restart != types.RestartPolicy
 // Service -> the secrets that it cannot do without.
 var leastSecrets = map[string][]string{
 	"config-check": {
-		"ca_password", "oidc_client_secret", "postgres_password", "provisioner_password", "root_ca_password",
+		"ca_password", "oidc_client_secret", "postgres_password", "provisioner_password", "reports_db_password", "root_ca_password",
 		"ssh_host_provisioner_password", "step_ca_db_password",
 	},
 	"postgres":   {"postgres_db", "postgres_password", "postgres_user"},
-	"db-migrate": {"postgres_password", "step_ca_db_password"},
+	"db-migrate": {"postgres_password", "reports_db_password", "step_ca_db_password"},
+	"pgbouncer":  nil,
 	"db-wait":    {"step_ca_db_password"},
 	"provisioner-init": {
 		"ca_password", "oidc_client_secret", "provisioner_password", "root_ca_password",
@@ -85,6 +86,11 @@ var leastSecrets = map[string][]string{
 	"caddy":        nil,
 	"pkictl":       {"provisioner_password", "step_ca_db_password"},
 	"probe":        {"provisioner_password"},
+	"backup":       {"postgres_password"},
+	"restore":      {"postgres_password"},
+
+	"metrics-export": {"reports_db_password"},
+	"prometheus":     nil,
 }
 
 func TestContractOfServices(t *testing.T) {
@@ -119,6 +125,10 @@ func TestContractOfServices(t *testing.T) {
 			must.Positive(s.MemLimit)
 			must.Positive(s.PidsLimit)
 			must.NotNil(s.Logging)
+			if s.Name == "backup" {
+				must.Equal("none", s.Logging.Driver) // what it prints is the archive
+				return
+			}
 			must.Equal("json-file", s.Logging.Driver)
 			must.NotEmpty(s.Logging.Options["max-size"])
 			must.NotEmpty(s.Logging.Options["max-file"])
@@ -240,8 +250,8 @@ func TestContractOfNetworks(t *testing.T) {
 		slices.Sort(names)
 	}
 	require.Equal(t, map[string][]string{
-		"db":     {"db-migrate", "db-wait", "pkictl", "postgres", "provisioner-init", "step-ca"},
-		"ca":     {"caddy", "pkictl", "step-ca", "trust-export"},
+		"db":     {"backup", "db-migrate", "db-wait", "metrics-export", "pgbouncer", "pkictl", "postgres", "provisioner-init", "restore", "step-ca"},
+		"ca":     {"caddy", "metrics-export", "pkictl", "prometheus", "step-ca", "trust-export"},
 		"egress": {"provisioner-init", "step-ca"},
 		"edge":   {"caddy"},
 	}, members)
@@ -254,11 +264,16 @@ func TestContractOfNetworks(t *testing.T) {
 func TestContractOfTheRootKey(t *testing.T) {
 	for _, s := range compose(t).Services {
 		for _, v := range s.Volumes {
-			if v.Source == "root-ca" {
-				require.Equal(t, "provisioner-init", s.Name, "the online CA never sees the root key")
+			if v.Source != "root-ca" && v.Source != "step-ca-secrets" {
+				continue
 			}
-			if v.Source == "step-ca-secrets" && s.Name != "provisioner-init" {
+			switch s.Name {
+			case "provisioner-init", "restore":
+			case "backup":
+				require.True(t, v.ReadOnly)
+			default:
 				require.Equal(t, "step-ca", s.Name)
+				require.Equal(t, "step-ca-secrets", v.Source, "the online CA never sees the root key")
 				require.True(t, v.ReadOnly)
 			}
 		}
@@ -289,7 +304,7 @@ func TestContractOfIPv6(t *testing.T) {
 // Invariant 10.
 func TestContractOfSettings(t *testing.T) {
 	declared := slices.Sorted(maps.Keys(example(t)))
-	text := checkedIn(t, "docker-compose.yml") + checkedIn(t, "caddy", "ipv6.yml") + checkedIn(t, "step-ca", "revocation.yml")
+	text := checkedIn(t, "docker-compose.yml") + checkedIn(t, "caddy", "ipv6.yml") + checkedIn(t, "step-ca", "revocation.yml") + checkedIn(t, "postgres", "tls.yml")
 	text = regexp.MustCompile(`(?m)(^|\s)#.*$`).ReplaceAllString(text, "")
 	used := map[string]bool{}
 	for _, m := range regexp.MustCompile(`[^$]\$\{?([A-Z][A-Z0-9_]*)`).FindAllStringSubmatch(text, -1) {
@@ -343,6 +358,7 @@ func TestContractOfVersions(t *testing.T) {
 		"step-ca's packages are of the version of its image": {tools["github.com/smallstep/certificates"], "v" + versions["STEP_CA"]},
 		"step-ca's image is the one that airgap builds":      {project.Services["step-ca"].Image, "smallstep/step-ca:" + versions["STEP_CA"]},
 		"postgres is the one that airgap builds":             {project.Services["postgres"].Image, "postgres:" + versions["POSTGRES"] + "-" + versions["DEBIAN"]},
+		"prometheus is the one that airgap builds":           {project.Services["prometheus"].Image, "prom/prometheus:v" + versions["PROMETHEUS"]},
 		"tools are built on the Go that airgap builds":       {base(toolsfile), "golang:" + versions["GO"] + "-" + versions["DEBIAN"]},
 		"caddy is built on the builder that airgap builds":   {base(caddyfile), "caddy:" + versions["CADDY"] + "-builder"},
 		"caddy is the version that its module is tested on":  {submatch(t, caddyfile, `xcaddy build (\S+)`), edge["github.com/caddyserver/caddy/v2"]},

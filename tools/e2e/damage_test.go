@@ -1,8 +1,6 @@
 package e2e_test
 
 import (
-	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 
@@ -74,16 +72,6 @@ func TestABadDay(t *testing.T) {
 		newCA(t, s).issue(t, "again.e2e.test")
 	})
 
-	backup := t.TempDir()
-	t.Run("the README's backup is taken", func(t *testing.T) {
-		s.Compose("exec", "-T", "postgres", "sh", "-c",
-			`pg_dump -Fc -f /tmp/ca.dump -U "$(cat "$POSTGRES_USER_FILE")" "$(cat "$POSTGRES_DB_FILE")"`).OK(t)
-		s.Compose("cp", "postgres:/tmp/ca.dump", backup).OK(t)
-		keysOf(t, s, backup, ":ro", "tar", "-cf", "/backup/keys.tar", "/root-ca", "/step-ca-certs", "/step-ca-secrets").OK(t)
-	})
-	issued := s.SQL("select count(*) from x509_certs")
-	require.NotEqual(t, "0", issued)
-
 	t.Run("without its keys the CA is refused, and none is made", func(t *testing.T) {
 		s.Down()
 		keys := []string{"root-ca", "step-ca-certs", "step-ca-secrets", "step-ca-config", "trust"}
@@ -99,30 +87,4 @@ func TestABadDay(t *testing.T) {
 			require.False(t, s.Containers()[name].Ran(), name)
 		}
 	})
-
-	t.Run("the README's restore into an empty stack brings keys and records back", func(t *testing.T) {
-		s.Down()
-		s.DropVolumes(append(slices.Clone(stack.Rendered), "postgres-data")...)
-		s.Compose("create").OK(t)
-		keysOf(t, s, backup, "", "tar", "-xf", "/backup/keys.tar", "-C", "/").OK(t)
-		s.Compose("up", "-d", "--wait", "postgres").OK(t)
-		s.Compose("cp", filepath.Join(backup, "ca.dump"), "postgres:/tmp/ca.dump").OK(t)
-		s.Compose("exec", "-T", "postgres", "sh", "-c", `pg_restore --no-owner --no-privileges `+
-			`-U "$(cat "$POSTGRES_USER_FILE")" -d "$(cat "$POSTGRES_DB_FILE")" /tmp/ca.dump`).OK(t)
-		s.Up()
-		require.Equal(t, root, rootOf(t, s))
-		require.Equal(t, issued, s.SQL("select count(*) from x509_certs"))
-		newCA(t, s).issue(t, "restored.e2e.test")
-	})
-}
-
-// keysOf runs a command as root where the volumes with keys are directories, and so
-// is a backup.
-func keysOf(t *testing.T, s *stack.Stack, backup, mode string, command ...string) stack.Result {
-	t.Helper()
-	args := []string{"run", "--rm", "--network", "none", "--volume", backup + ":/backup"}
-	for _, v := range []string{"root-ca", "step-ca-certs", "step-ca-secrets"} {
-		args = append(args, "--volume", s.Volume(v)+":/"+v+mode)
-	}
-	return stack.Docker(t, append(append(args, "debian:bookworm-slim"), command...)...)
 }

@@ -20,6 +20,7 @@ needed=(
   git:git
   ip:iproute2
   openssl:openssl
+  /usr/sbin/pgbouncer:pgbouncer
   keytool:default-jre-headless
   sha256sum:coreutils
   ssh-keygen:openssh-client

@@ -4,12 +4,9 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"fmt"
-	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -246,45 +243,4 @@ func TestAReloadThatStepCARefusesIsReportedWithItsReason(t *testing.T) {
 	require.Contains(t, s.Compose("run", "--rm", "--no-deps", "-T", "provisioner-init", "--check").Exits(t, 3).Output(), `msg=updated item="CA configuration"`)
 	require.Contains(t, s.Make("init").OK(t).Output(), `msg=updated item="CA configuration"`)
 	s.Compose("run", "--rm", "--no-deps", "-T", "provisioner-init", "--check").OK(t)
-}
-
-// A SIGHUP costs requests that are in flight: how many is told here, and none is due as
-// soon as a replica leaves the edge before it reloads.
-func TestInitUnderLoad(t *testing.T) {
-	const clients, reloads = 8, 3
-	s := stack.Shared(t)
-	c := newCA(t, s)
-	var done atomic.Bool
-	var issued, failed atomic.Int64
-	var reasons sync.Map
-	var wg sync.WaitGroup
-	for i := range clients {
-		wg.Go(func() {
-			for n := 0; !done.Load(); n++ {
-				name := fmt.Sprintf("load-%d-%d.e2e.test", i, n)
-				status, answer, err := c.sign(t.Context(), c.signRequest(t, c.token(t, name), name))
-				if err == nil && status == http.StatusCreated {
-					issued.Add(1)
-					continue
-				}
-				failed.Add(1)
-				reasons.Store(fmt.Sprint(status, err, string(answer)), true)
-			}
-		})
-	}
-	for i := range reloads {
-		s.Change(t, stack.Settings{"TLS_ORGANIZATION": fmt.Sprintf("reload %d", i)})
-		require.Contains(t, s.Make("init").OK(t).Output(), "step-ca: reloaded")
-	}
-	done.Store(true)
-	wg.Wait()
-	reasons.Range(func(reason, _ any) bool {
-		t.Logf("failed: %v", reason)
-		return true
-	})
-	t.Logf("%d reloads under %d clients: %d certificates, %d requests failed", reloads, clients, issued.Load(), failed.Load())
-	require.Positive(t, issued.Load())
-	require.Less(t, failed.Load()*100, issued.Load(), "a reload costs more than what was in flight")
-	s.Set(stack.Settings{"TLS_ORGANIZATION": ""})
-	s.Make("init").OK(t)
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 
+	"github.com/infra-pki/infra-pki/tools/internal/backup"
 	"github.com/infra-pki/infra-pki/tools/internal/config"
 	"github.com/infra-pki/infra-pki/tools/internal/dotenv"
 	"github.com/infra-pki/infra-pki/tools/internal/oneshot"
@@ -47,7 +48,11 @@ func run(ctx context.Context, args []string, log *slog.Logger) error {
 	settings := config.NewReader()
 	i := settings.Issuance()
 	_, _ = settings.Edge(), settings.Database()
+	settings.Sizes()
 	settings.AllSecrets()
+	if _, err := backup.ParseRecipients(os.Getenv("BACKUP_RECIPIENTS")); err != nil {
+		settings.Join(err)
+	}
 	if *file == "" {
 		_, problems := provisioner.Read(i, *dropins, *templates)
 		settings.Join(problems...)

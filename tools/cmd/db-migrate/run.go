@@ -12,22 +12,27 @@ import (
 	"github.com/infra-pki/infra-pki/tools/internal/postgres"
 )
 
-const usage = `Usage: db-migrate [--timeout 60s] [--migrations /migrations]
+const usage = `Usage: db-migrate [--timeout 60s] [--migrations /migrations] [--pooler DIR]
 
 Brings the database to what step-ca needs, as its owner: step-ca's tables, the
-guards on them, the record of the root CA, and the role that step-ca logs in as,
-with its privileges and its password. It may be run any number of times; what is
-as it should be is reported as unchanged and not touched.
+guards on them, the record of the root CA, and the roles that step-ca and reports
+log in as, with their privileges and passwords. It may be run any number of times;
+what is as it should be is reported as unchanged and not touched.
 
 Flags:
   --timeout DURATION    how long to wait for the server, and then for a lock (60s)
   --migrations DIR      where the SQL files are (/migrations)
+  --pooler DIR          where to put what pgbouncer has to know of the roles:
+                        settings.ini, users.txt and pgpass (none)
 
 Environment:
   POSTGRES_HOST, POSTGRES_PORT, POSTGRES_SSLMODE      the server
+  PGBOUNCER_PORT                                      where the pooler listens
+  DB_POOL_SIZE, DB_MAX_CLIENTS                        its connections, on its two sides
   POSTGRES_DB, POSTGRES_USER                          the database and its owner
   POSTGRES_PASSWORD or POSTGRES_PASSWORD_FILE         the owner's password
   STEP_CA_DB_PASSWORD or STEP_CA_DB_PASSWORD_FILE     the password that step-ca's role gets
+  REPORTS_DB_PASSWORD or REPORTS_DB_PASSWORD_FILE     the password of the role for reports
   LOG_FORMAT=json                                     one JSON object a line
 
 Examples:
@@ -41,6 +46,7 @@ func run(ctx context.Context, args []string, log *slog.Logger) error {
 	fs := flag.NewFlagSet("db-migrate", flag.ContinueOnError)
 	timeout := fs.Duration("timeout", time.Minute, "")
 	dir := fs.String("migrations", "/migrations", "")
+	pooler := fs.String("pooler", "", "")
 	if err := oneshot.Parse(fs, args, usage); err != nil {
 		return err
 	}
@@ -48,8 +54,9 @@ func run(ctx context.Context, args []string, log *slog.Logger) error {
 		return oneshot.Usage(fmt.Errorf("--timeout %s is not a length of time", *timeout))
 	}
 	settings := config.NewReader()
-	db := settings.Database()
-	owner, runtime := settings.OwnerPassword(), settings.RuntimePassword()
+	db, sizes := settings.Database(), settings.Sizes()
+	owner := settings.OwnerPassword()
+	passwords := postgres.Passwords{Runtime: settings.RuntimePassword(), Reports: settings.ReportsPassword()}
 	if err := settings.Err(); err != nil {
 		return err
 	}
@@ -67,5 +74,8 @@ func run(ctx context.Context, args []string, log *slog.Logger) error {
 	if err := postgres.Lock(locking, conn, postgres.Migrating); err != nil {
 		return err
 	}
-	return postgres.Migrate(ctx, conn, *dir, runtime, log)
+	if err := postgres.Migrate(ctx, conn, *dir, passwords, log); err != nil || *pooler == "" {
+		return err
+	}
+	return postgres.WritePoolerFiles(ctx, conn, *pooler, db, sizes, passwords.Runtime, log)
 }

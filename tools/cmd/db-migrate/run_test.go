@@ -27,12 +27,14 @@ func TestKilledAtAnyInstant(t *testing.T) {
 	files := t.TempDir()
 	require.NoError(t, os.WriteFile(filepath.Join(files, "owner"), []byte(d.OwnerPassword.Reveal()), 0o600))
 	require.NoError(t, os.WriteFile(filepath.Join(files, "stepca"), []byte(d.RuntimePassword.Reveal()), 0o600))
+	require.NoError(t, os.WriteFile(filepath.Join(files, "reports"), []byte(d.ReportsPassword.Reveal()), 0o600))
 	run := func(patience time.Duration) (killed bool) {
 		cmd := exec.Command("db-migrate", "--migrations", postgrestest.Migrations()) //nolint:noctx // killed below
 		cmd.Env = append(os.Environ(),
 			"POSTGRES_HOST="+d.Host, fmt.Sprintf("POSTGRES_PORT=%d", d.Port), "POSTGRES_SSLMODE="+d.SSLMode,
 			"POSTGRES_DB="+d.Name, "POSTGRES_USER="+d.Database.Owner,
-			"POSTGRES_PASSWORD_FILE="+filepath.Join(files, "owner"), "STEP_CA_DB_PASSWORD_FILE="+filepath.Join(files, "stepca"))
+			"POSTGRES_PASSWORD_FILE="+filepath.Join(files, "owner"), "STEP_CA_DB_PASSWORD_FILE="+filepath.Join(files, "stepca"),
+			"REPORTS_DB_PASSWORD_FILE="+filepath.Join(files, "reports"))
 		require.NoError(t, cmd.Start())
 		bullet := time.AfterFunc(patience, func() { _ = cmd.Process.Kill() }) // it may have ended by itself
 		defer bullet.Stop()
@@ -45,7 +47,7 @@ func TestKilledAtAnyInstant(t *testing.T) {
 	killed := 0
 	for i := range kills {
 		t.Run(fmt.Sprintf("after %d of %d parts of its time", i+1, kills), func(t *testing.T) {
-			_, err := owner.Exec(t.Context(), "drop schema public, infra_pki cascade; create schema public; drop owned by stepca; drop role stepca")
+			_, err := owner.Exec(t.Context(), "drop schema public, infra_pki cascade; create schema public; drop owned by stepca, reports; drop role stepca, reports")
 			require.NoError(t, err)
 			if run(whole * time.Duration(i+1) / kills) {
 				killed++

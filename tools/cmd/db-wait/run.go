@@ -14,9 +14,11 @@ import (
 
 const usage = `Usage: db-wait [--timeout 60s]
 
-Ends with 0 once step-ca can work with its database: its role logs in over TCP
-with the parameters that stand in ca.json, the server is a writable primary, all
-tables are there and usable, and the guards on them are in force.
+Ends with 0 once step-ca can work with its database: its role logs in to the server,
+that is a writable primary, all tables are there and usable, and the guards on them
+are in force; and then the same through pgbouncer, as step-ca does, with the
+parameters that stand in ca.json. The server is asked first, since pgbouncer has one
+answer for whatever is wrong behind it.
 
 It waits for what time can heal: a server that is not there yet, is starting, or is
 a standby; a host name not known yet; a schema not there yet. A wrong password, a
@@ -24,10 +26,11 @@ missing database or a refusal of TLS ends it at once. step-ca itself does not wa
 it exits if the database is away when it starts.
 
 Flags:
-  --timeout DURATION    how long to wait (60s)
+  --timeout DURATION    how long to wait for the server, and then for pgbouncer (60s)
 
 Environment:
   POSTGRES_HOST, POSTGRES_PORT, POSTGRES_SSLMODE      the server
+  PGBOUNCER_HOST, PGBOUNCER_PORT                      the pooler in front of it
   POSTGRES_DB, POSTGRES_USER                          the database and its owner
   STEP_CA_DB_PASSWORD or STEP_CA_DB_PASSWORD_FILE     the password of step-ca's role
   LOG_FORMAT=json                                     one JSON object a line
@@ -57,11 +60,13 @@ func run(ctx context.Context, args []string, log *slog.Logger) error {
 		log.LogAttrs(ctx, slog.LevelWarn, w)
 	}
 
-	conn, err := postgres.Runtime(db, password).Wait(ctx, *timeout, log, postgres.Writable, postgres.Ready)
-	if err != nil {
-		return err
+	for _, login := range []postgres.Login{postgres.Runtime(db, password), postgres.Pooled(db, password)} {
+		conn, err := login.Wait(ctx, *timeout, log, postgres.Writable, postgres.Ready)
+		if err != nil {
+			return err
+		}
+		_ = conn.Close(ctx) // nothing was written
 	}
-	defer conn.Close(context.WithoutCancel(ctx)) //nolint:errcheck // nothing was written
 	log.LogAttrs(ctx, slog.LevelInfo, "ready", slog.String("database", db.Name), slog.String("role", config.RuntimeRole))
 	return nil
 }

@@ -30,9 +30,16 @@ var commands = map[string]command{
 	"acme eab add":    eabAdd,
 	"acme eab list":   eabList,
 	"acme eab revoke": eabRevoke,
+	"backup create":   backupCreate,
+	"backup files":    backupFiles,
+	"backup keygen":   backupKeygen,
+	"backup record":   backupRecord,
+	"backup store":    backupStore,
+	"backup verify":   backupVerify,
 	"env":             env,
 	"probe":           probe,
 	"provisioners":    provisioners,
+	"restore":         restore,
 	"revoke":          revoke,
 }
 

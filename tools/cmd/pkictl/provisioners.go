@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"net/netip"
 	"os"
 	"reflect"
 	"slices"
@@ -17,6 +18,7 @@ import (
 	"time"
 
 	"github.com/infra-pki/infra-pki/tools/internal/oneshot"
+	"github.com/infra-pki/infra-pki/tools/internal/stepca"
 )
 
 var provisioners = command{
@@ -25,7 +27,8 @@ var provisioners = command{
 
 Lists the provisioners that the CA has, and compares each with its declaration in
 ca.json: the same fields, the same values. Exit code 3 if any differs, is missing or is
-not declared. Values are never printed.
+not declared. Values are never printed. Every replica behind the address of the CA is
+asked; where they differ, it says which.
 
 A provisioner that the CA could not initialise when it last read ca.json, an OIDC one
 whose provider was away for example, is there and refuses everybody. It is named in a
@@ -74,6 +77,15 @@ type verdict struct {
 	Reason   string   `json:"reason,omitempty"`
 	Declared string   `json:"declared,omitempty"`
 	Fields   []string `json:"fields,omitempty"`
+	Replicas []string `json:"replicas,omitempty"` // addresses; empty if it is the same on all
+}
+
+// where says on which replicas, if not on all.
+func (v verdict) where() string {
+	if len(v.Replicas) == 0 {
+		return ""
+	}
+	return " (on " + strings.Join(v.Replicas, ", ") + ")"
 }
 
 // How a provisioner compares.
@@ -99,21 +111,62 @@ func (l *lister) run(ctx context.Context, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	answer, err := client.Provisioners(ctx)
+	replicas, err := client.Replicas(ctx)
 	if err != nil {
 		return l.explain(err)
 	}
-	live := make([]object, len(answer))
-	for i, data := range answer {
-		if err := decode(data, &live[i]); err != nil {
-			return fmt.Errorf("reading the CA's provisioners: %w", err)
+	var verdicts []verdict
+	for _, address := range slices.SortedFunc(maps.Keys(replicas), netip.Addr.Compare) {
+		live, err := provisionersOf(ctx, replicas[address])
+		if err != nil {
+			return l.explain(err)
 		}
+		verdicts = merge(verdicts, compare(declared, live, l.declared != ""), address.String())
 	}
-	verdicts := compare(declared, live, l.declared != "")
+	everywhere(verdicts, len(replicas))
 	if err := l.print(verdicts); err != nil {
 		return fmt.Errorf("printing the provisioners: %w", err)
 	}
 	return judge(ctx, verdicts, log)
+}
+
+func provisionersOf(ctx context.Context, client *stepca.Client) ([]object, error) {
+	answer, err := client.Provisioners(ctx)
+	if err != nil {
+		return nil, err
+	}
+	live := make([]object, len(answer))
+	for i, data := range answer {
+		if err := decode(data, &live[i]); err != nil {
+			return nil, fmt.Errorf("reading the CA's provisioners: %w", err)
+		}
+	}
+	return live, nil
+}
+
+// merge adds the verdicts on one replica to those on others: what is said of several is
+// said once.
+func merge(all, found []verdict, replica string) []verdict {
+	for _, v := range found {
+		i := slices.IndexFunc(all, func(known verdict) bool {
+			known.Replicas = nil
+			return reflect.DeepEqual(known, v)
+		})
+		if i < 0 {
+			i, all = len(all), append(all, v)
+		}
+		all[i].Replicas = append(all[i].Replicas, replica)
+	}
+	return all
+}
+
+// everywhere leaves the replicas out where all of them agree.
+func everywhere(verdicts []verdict, replicas int) {
+	for i := range verdicts {
+		if len(verdicts[i].Replicas) == replicas {
+			verdicts[i].Replicas = nil
+		}
+	}
 }
 
 func readDeclared(path string) ([]object, error) {
@@ -243,7 +296,7 @@ func (l *lister) print(verdicts []verdict) error {
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
 	_, _ = fmt.Fprintln(w, "NAME\tTYPE\tSTATE\tDECLARED") // Flush tells
 	for _, v := range verdicts {
-		_, _ = fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", printable(v.Name), v.Type, v.State, orDash(v.Declared)) // as above
+		_, _ = fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", printable(v.Name), v.Type, v.State, orDash(v.Declared)+v.where()) // as above
 	}
 	return w.Flush()
 }
@@ -254,15 +307,15 @@ func judge(ctx context.Context, verdicts []verdict, log *slog.Logger) error {
 	for _, v := range verdicts {
 		if v.State == uninitialized {
 			log.LogAttrs(ctx, slog.LevelWarn, "the CA could not initialise a provisioner, which refuses everybody until the CA reads ca.json again",
-				slog.String("name", v.Name), slog.String("reason", v.Reason), slog.String("hint", initHint(v)))
+				slog.String("name", v.Name+v.where()), slog.String("reason", v.Reason), slog.String("hint", initHint(v)))
 		}
 		switch v.Declared {
 		case missing:
-			problems = append(problems, fmt.Errorf("provisioner %q is declared and the CA does not have it", v.Name))
+			problems = append(problems, fmt.Errorf("provisioner %q is declared and the CA does not have it%s", v.Name, v.where()))
 		case undeclared:
-			problems = append(problems, fmt.Errorf("provisioner %q is not declared and the CA has it", v.Name))
+			problems = append(problems, fmt.Errorf("provisioner %q is not declared and the CA has it%s", v.Name, v.where()))
 		case differs:
-			problems = append(problems, fmt.Errorf("provisioner %q is not as declared: %s", v.Name, strings.Join(v.Fields, ", ")))
+			problems = append(problems, fmt.Errorf("provisioner %q is not as declared: %s%s", v.Name, strings.Join(v.Fields, ", "), v.where()))
 		}
 	}
 	if len(problems) == 0 {

@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"log/slog"
 	"maps"
 	"math/big"
 	"slices"
@@ -147,4 +148,21 @@ func TestDifference(t *testing.T) {
 			require.Equal(t, tc.want, difference(declared, live))
 		})
 	}
+}
+
+func TestReplicasThatDiffer(t *testing.T) {
+	acme := verdict{Name: "acme", Type: "ACME", State: ready, Declared: same}
+	gone := verdict{Name: "acme", Type: "ACME", State: "-", Declared: missing}
+	jwk := verdict{Name: "admin", Type: "JWK", State: ready, Declared: same}
+
+	var all []verdict
+	all = merge(all, []verdict{jwk, acme}, "192.0.2.1")
+	all = merge(all, []verdict{jwk, gone}, "192.0.2.2")
+	everywhere(all, 2)
+
+	require.Empty(t, all[0].Replicas, "what is the same on all of them says no address")
+	require.Equal(t, []string{"192.0.2.1"}, all[1].Replicas)
+	require.Equal(t, []string{"192.0.2.2"}, all[2].Replicas)
+	err := judge(t.Context(), all, slog.New(slog.DiscardHandler))
+	require.EqualError(t, err, `provisioner "acme" is declared and the CA does not have it (on 192.0.2.2)`)
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	authority "github.com/smallstep/certificates/authority/provisioner"
 	"go.step.sm/crypto/x509util"
 
 	"github.com/infra-pki/infra-pki/tools/internal/caconfig"
@@ -28,7 +30,7 @@ import (
 const usage = `Usage: provisioner-init [flags]
 
 Makes the CA's keys on the first run, or imports them, and renders ca.json,
-defaults.json, the database passfile and the edge's allow-list from the
+defaults.json, the database passfile and the edge's allow-list and limits from the
 environment, the provisioners in files and the certificate templates. What is
 already as declared is not touched. A provider of OIDC that cannot be reached
 is a warning: step-ca takes it up once it answers.
@@ -37,7 +39,7 @@ is a warning: step-ca takes it up once it answers.
   --home DIR          step-ca's home: config/, certs/, secrets/ (default /home/step),
                       and trusted-roots/ for the certificates of OIDC providers
   --root-ca DIR       where the root key lies (default /root-ca)
-  --allow-list DIR    where the edge looks for allow.caddy (default /allow-list)
+  --allow-list DIR    where the edge looks for allow.caddy, balancers.caddy and limits.caddy (default /allow-list)
   --provisioners DIR  further provisioners, *.json (default /provisioners.d)
   --templates DIR     certificate templates, *.tpl (default /templates)
   --import DIR        an existing CA to take over at the first run: certs/root_ca.crt,
@@ -146,6 +148,9 @@ func (p *program) converge(ctx context.Context) error {
 	if err := p.render(ctx, contents); err != nil {
 		return err
 	}
+	if err := p.requireEAB(ctx, conn); err != nil {
+		return err
+	}
 	p.discover(ctx, contents.Root)
 	if p.check && p.changes > 0 {
 		return p.drift(ctx)
@@ -198,7 +203,7 @@ func (p *program) authority(ctx context.Context, conn *pgx.Conn, contents *pki.C
 // allowed decides whether what is missing may be made. A CA is made only where
 // there are no keys and the database has never known one.
 func (p *program) allowed(ctx context.Context, conn *pgx.Conn, contents *pki.Contents, recorded string, importing bool) error {
-	const wayBack = "restore the volumes root-ca, step-ca-certs and step-ca-secrets from the backup that belongs to this database"
+	const wayBack = "restore the volumes root-ca, step-ca-certs and step-ca-secrets from the backup that belongs to this database: make restore RESTORE=--keep-database ARCHIVE=… IDENTITY=…"
 	if contents.Root != nil && recorded != "" && recorded != x509util.Fingerprint(contents.Root) {
 		return oneshot.WithHint(
 			fmt.Errorf("the database belongs to the CA with root %s, the keys here to root %s", recorded, x509util.Fingerprint(contents.Root)),
@@ -263,7 +268,7 @@ func (p *program) render(ctx context.Context, contents *pki.Contents) error {
 		if p.settings.Provisioners, err = p.declared.List(provisioner.Keys{Admin: contents.Admin, SSHHost: contents.SSHHostJWK}); err != nil {
 			return err
 		}
-		dsn := postgres.RuntimeDSN(p.db, passfile)
+		dsn := postgres.RuntimeDSN(p.db.Pooler(), passfile)
 		if ca, err = caconfig.Render(p.settings, p.store, dsn); err != nil {
 			return err
 		}
@@ -272,8 +277,10 @@ func (p *program) render(ctx context.Context, contents *pki.Contents) error {
 		}
 	}
 	files := []rendered{
-		{"database passfile", passfile, []byte(postgres.PassfileLine(p.db, p.dbPassword)), 0o400},
-		{"allow-list", filepath.Join(p.allowList, "allow.caddy"), []byte(allowList(p.edge)), 0o444},
+		{"database passfile", passfile, []byte(postgres.PassfileLine(p.db.Pooler(), p.dbPassword)), 0o400},
+		{"allow-list", filepath.Join(p.allowList, "allow.caddy"), []byte(remoteIP(p.edge.Allowed)), 0o444},
+		{"list of balancers", filepath.Join(p.allowList, "balancers.caddy"), []byte(balancers(p.edge)), 0o444},
+		{"limits of the edge", filepath.Join(p.allowList, "limits.caddy"), []byte(limits(p.edge)), 0o444},
 		{"CLI defaults", filepath.Join(p.configDir, "defaults.json"), defaults, 0o444},
 	}
 	const crlItem = "CRL service configuration"
@@ -344,15 +351,54 @@ func (p *program) reportProvisioners(ctx context.Context, ca []byte) error {
 	return nil
 }
 
-// allowList is the matcher that caddy/Caddyfile imports.
-func allowList(edge config.Edge) string {
+// requireEAB tells the database which ACME provisioners demand an external account key:
+// it keeps accounts from ordering that step-ca has let in without one.
+func (p *program) requireEAB(ctx context.Context, conn *pgx.Conn) error {
+	var want []string
+	for _, declared := range p.settings.Provisioners {
+		if acme, ok := declared.(*authority.ACME); ok && acme.RequireEAB {
+			want = append(want, acme.Name)
+		}
+	}
+	slices.Sort(want)
+	have, err := postgres.EABRequired(ctx, conn)
+	if err != nil || slices.Equal(have, want) {
+		return err
+	}
+	p.changes++
+	p.log.LogAttrs(ctx, slog.LevelInfo, string(durable.Updated), slog.String("item", "provisioners that demand an external account key"),
+		slog.String("names", strings.Join(want, " ")))
+	if p.check {
+		return nil
+	}
+	return postgres.RequireEAB(ctx, conn, want)
+}
+
+// What follows is what caddy/Caddyfile imports.
+
+// remoteIP is a line of caddy-l4's matcher of that name.
+func remoteIP(prefixes []netip.Prefix) string {
 	var b strings.Builder
 	b.WriteString("remote_ip")
-	for _, prefix := range edge.Allowed {
+	for _, prefix := range prefixes {
 		b.WriteString(" " + prefix.String())
 	}
 	b.WriteString("\n")
 	return b.String()
+}
+
+// balancers says so if there are none: an empty file is what a mishap leaves, and the
+// edge refuses it.
+func balancers(edge config.Edge) string {
+	if len(edge.Balancers) == 0 {
+		return "none\n"
+	}
+	return remoteIP(edge.Balancers)
+}
+
+func limits(edge config.Edge) string {
+	return fmt.Sprintf("max_connections %d\nmax_per_source %d\nrate_per_source %d\n",
+		edge.MaxConnections, edge.MaxPerAddress, edge.RatePerAddress)
 }
 
 // remove takes away a file that the settings do not ask for.

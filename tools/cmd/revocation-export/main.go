@@ -139,7 +139,7 @@ func (t *task) round(ctx context.Context, log *slog.Logger) bool {
 	defer cancel()
 	now, err := t.renew(limited)
 	switch {
-	case ctx.Err() != nil:
+	case err != nil && ctx.Err() != nil:
 		return false // stopped: err says so, if anything
 	case err != nil:
 		if err.Error() != t.trouble {

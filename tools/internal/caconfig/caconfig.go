@@ -54,6 +54,9 @@ func RenderCRL(s Settings, store pki.Store, dsn string) ([]byte, error) {
 	return finish(c)
 }
 
+// MetricsAddress is where step-ca answers Prometheus, within the network of the CA.
+const MetricsAddress = ":9090"
+
 func finish(c *authority.Config) ([]byte, error) {
 	data, err := encode(c)
 	if err != nil {
@@ -63,7 +66,12 @@ func finish(c *authority.Config) ([]byte, error) {
 }
 
 func configuration(s Settings, store pki.Store, dsn string) *authority.Config {
+	var metrics string
+	if s.CA.Metrics {
+		metrics = MetricsAddress
+	}
 	return &authority.Config{
+		MetricsAddress:   metrics,
 		Root:             []string{store.RootPath()},
 		IntermediateCert: store.IntermediatePath(),
 		IntermediateKey:  store.IntermediateKeyPath(),

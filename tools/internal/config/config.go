@@ -23,6 +23,9 @@ import (
 // RuntimeRole is the database role that step-ca logs in as. It owns nothing.
 const RuntimeRole = "stepca"
 
+// ReportsRole is the database role that may read, and not the keys of ACME accounts to be.
+const ReportsRole = "reports"
+
 // environment holds the plain settings as they were written. They are all
 // strings: envconfig stops at the first value that it cannot parse and prints it
 // (kelseyhightower/envconfig v1.4.0), so parsing is done here.
@@ -32,6 +35,10 @@ type environment struct {
 	DNSNames             string `envconfig:"PKI_DNS_NAMES"`
 	Port                 string `envconfig:"CA_PORT" default:"9000"`
 	AllowedIPs           string `envconfig:"ALLOWED_IPS"`
+	BalancerIPs          string `envconfig:"PROXY_PROTOCOL_FROM"`
+	EdgeMaxConnections   string `envconfig:"EDGE_MAX_CONNECTIONS" default:"7000"`
+	EdgeMaxPerAddress    string `envconfig:"EDGE_MAX_PER_ADDRESS" default:"5000"`
+	EdgeRatePerAddress   string `envconfig:"EDGE_RATE_PER_ADDRESS" default:"2000"`
 	EdgeSubnet           string `envconfig:"EDGE_SUBNET" default:"172.28.100.0/24"`
 	EdgeSubnet6          string `envconfig:"EDGE_SUBNET6"`
 	EnableACME           string `envconfig:"ENABLE_ACME" default:"true"`
@@ -67,9 +74,16 @@ type environment struct {
 	TLSMax               string `envconfig:"TLS_MAX_LIFETIME" default:"720h"`
 	PostgresHost         string `envconfig:"POSTGRES_HOST" default:"postgres"`
 	PostgresPort         string `envconfig:"POSTGRES_PORT" default:"5432"`
+	PoolerHost           string `envconfig:"PGBOUNCER_HOST" default:"pgbouncer"`
+	PoolerPort           string `envconfig:"PGBOUNCER_PORT" default:"6432"`
+	PoolSize             string `envconfig:"DB_POOL_SIZE" default:"40"`
+	MaxClients           string `envconfig:"DB_MAX_CLIENTS" default:"4000"`
+	Replicas             string `envconfig:"STEP_CA_REPLICAS" default:"2"`
+	Profiles             string `envconfig:"COMPOSE_PROFILES"`
 	PostgresSSLMode      string `envconfig:"POSTGRES_SSLMODE" default:"disable"`
 	PostgresDB           string `envconfig:"POSTGRES_DB"`
 	PostgresUser         string `envconfig:"POSTGRES_USER"`
+	BackupRecipients     string `envconfig:"BACKUP_RECIPIENTS"`
 	LogFormat            string `envconfig:"LOG_FORMAT" default:"text"`
 }
 
@@ -152,6 +166,16 @@ func (r *Reader) boolean(setting, value string) bool {
 	}
 	r.problem(setting, "true", "is neither true nor false: %q", value)
 	return false
+}
+
+// number reads a whole number between least and most.
+func (r *Reader) number(setting, value, example string, least, most int) int {
+	n, err := strconv.Atoi(value)
+	if err != nil || n < least || n > most {
+		r.problem(setting, example, "is not a whole number from %d to %d: %q", least, most, value)
+		return 0
+	}
+	return n
 }
 
 func (r *Reader) port(setting, value, example string) uint16 {

@@ -18,6 +18,8 @@ import (
 func good() map[string]string {
 	return map[string]string{
 		"PKI_NAME": "", "DOMAIN_CA": "ca.internal", "PKI_DNS_NAMES": "", "CA_PORT": "", "ALLOWED_IPS": "10.0.0.0/8",
+		"PROXY_PROTOCOL_FROM": "", "EDGE_MAX_CONNECTIONS": "", "EDGE_MAX_PER_ADDRESS": "", "EDGE_RATE_PER_ADDRESS": "",
+		"PGBOUNCER_HOST": "", "PGBOUNCER_PORT": "", "DB_POOL_SIZE": "", "DB_MAX_CLIENTS": "", "STEP_CA_REPLICAS": "", "COMPOSE_PROFILES": "", "BACKUP_RECIPIENTS": "",
 		"EDGE_SUBNET": "", "EDGE_SUBNET6": "", "REVOCATION_PORT": "", "ROOT_LIFETIME": "", "INTERMEDIATE_LIFETIME": "",
 		"LOG_FORMAT": "", "TLS_MIN_LIFETIME": "", "TLS_DEFAULT_LIFETIME": "", "TLS_MAX_LIFETIME": "",
 		"TLS_ORGANIZATION": "", "ENABLE_ACME": "", "ACME_CHALLENGES": "", "ACME_REQUIRE_EAB": "", "ENABLE_K8S_PROVISIONER": "",
@@ -30,6 +32,7 @@ func good() map[string]string {
 		"CA_PASSWORD": "secret-of-the-ca", "ROOT_CA_PASSWORD": "secret-of-the-root", "PROVISIONER_PASSWORD": "secret-of-admin",
 		"SSH_HOST_PROVISIONER_PASSWORD": "secret-of-the-hosts",
 		"POSTGRES_PASSWORD":             "secret-of-the-owner", "STEP_CA_DB_PASSWORD": "secret-of-the-role",
+		"REPORTS_DB_PASSWORD": "secret-of-the-reports",
 	}
 }
 
@@ -44,6 +47,7 @@ func read(t *testing.T, changes map[string]string) *Reader {
 	}
 	r := NewReader()
 	_, _, _ = r.Issuance(), r.Edge(), r.Database()
+	r.Sizes()
 	r.AllSecrets()
 	return r
 }
@@ -69,21 +73,30 @@ func TestProblems(t *testing.T) {
 			map[string]string{"TLS_MAX_LIFETIME": "30000h"},
 			[]string{"TLS_MAX_LIFETIME is longer than INTERMEDIATE_LIFETIME (30000h0m0s > 26280h0m0s); a good value: 720h"},
 		},
-		"a list with nobody on it":     {map[string]string{"ALLOWED_IPS": " , \n"}, []string{`ALLOWED_IPS is missing: nobody could connect; a good value: "192.0.2.10 10.20.0.0/16"`}},
-		"a prefix that is too long":    {map[string]string{"ALLOWED_IPS": "10.0.0.0/33"}, []string{`ALLOWED_IPS has items that are neither an address nor a CIDR: "10.0.0.0/33"; a good value: "192.0.2.10 10.20.0.0/16"`}},
-		"a host name on the list":      {map[string]string{"ALLOWED_IPS": "10.0.0.1 laptop.lan"}, []string{`ALLOWED_IPS has items that are neither an address nor a CIDR: "laptop.lan"; a good value: "192.0.2.10 10.20.0.0/16"`}},
-		"an address with a zone":       {map[string]string{"ALLOWED_IPS": "fe80::1%eth0"}, []string{`ALLOWED_IPS has items that are neither an address nor a CIDR: "fe80::1%eth0"; a good value: "192.0.2.10 10.20.0.0/16"`}},
-		"a mapped prefix":              {map[string]string{"ALLOWED_IPS": "::ffff:10.0.0.0/104"}, []string{`ALLOWED_IPS has items that are neither an address nor a CIDR: "::ffff:10.0.0.0/104"; a good value: "192.0.2.10 10.20.0.0/16"`}},
-		"directives after a line end":  {map[string]string{"ALLOWED_IPS": "10.0.0.0/8\nroute {\n echo\n}"}, []string{`ALLOWED_IPS has items that are neither an address nor a CIDR: "route", "{", "echo", "}"; a good value: "192.0.2.10 10.20.0.0/16"`}},
-		"an edge subnet that is none":  {map[string]string{"EDGE_SUBNET": "172.28.100.1/24"}, []string{`EDGE_SUBNET is not a subnet of its family with room for hosts: "172.28.100.1/24"; a good value: 172.28.100.0/24`}},
-		"an IPv6 subnet of IPv4":       {map[string]string{"EDGE_SUBNET6": "10.0.0.0/8"}, []string{`EDGE_SUBNET6 is not a subnet of its family with room for hosts: "10.0.0.0/8"; a good value: fd1c:9000::/64`}},
-		"an owner named like the role": {map[string]string{"POSTGRES_USER": "stepca"}, []string{`POSTGRES_USER is "stepca", the name of the role that step-ca itself runs as and that must own nothing; a good value: step_ca_owner`}},
-		"a database name with a quote": {map[string]string{"POSTGRES_DB": `a"b`}, []string{`POSTGRES_DB is not a lower-case name of letters, digits and underscores: "a\"b"; a good value: step_ca_db`}},
-		"an unknown log format":        {map[string]string{"LOG_FORMAT": "xml"}, []string{`LOG_FORMAT is neither text nor json: "xml"; a good value: text`}},
-		"an unknown TLS mode":          {map[string]string{"POSTGRES_SSLMODE": "prefer"}, []string{`POSTGRES_SSLMODE is none of disable, require, verify-ca and verify-full: "prefer"; a good value: disable`}},
-		"a secret that is missing":     {map[string]string{"CA_PASSWORD": ""}, []string{"CA_PASSWORD is missing; " + goodSecret}},
-		"a placeholder":                {map[string]string{"ROOT_CA_PASSWORD": "change_me_root"}, []string{"ROOT_CA_PASSWORD is still the placeholder from .env.example; " + goodSecret}},
-		"the original's placeholder":   {map[string]string{"POSTGRES_PASSWORD": "step_ca_password_change_me"}, []string{"POSTGRES_PASSWORD is still the placeholder from .env.example; " + goodSecret}},
+		"a list with nobody on it":                     {map[string]string{"ALLOWED_IPS": " , \n"}, []string{`ALLOWED_IPS is missing: nobody could connect; a good value: "192.0.2.10 10.20.0.0/16"`}},
+		"a prefix that is too long":                    {map[string]string{"ALLOWED_IPS": "10.0.0.0/33"}, []string{`ALLOWED_IPS has items that are neither an address nor a CIDR: "10.0.0.0/33"; a good value: "192.0.2.10 10.20.0.0/16"`}},
+		"a host name on the list":                      {map[string]string{"ALLOWED_IPS": "10.0.0.1 laptop.lan"}, []string{`ALLOWED_IPS has items that are neither an address nor a CIDR: "laptop.lan"; a good value: "192.0.2.10 10.20.0.0/16"`}},
+		"an address with a zone":                       {map[string]string{"ALLOWED_IPS": "fe80::1%eth0"}, []string{`ALLOWED_IPS has items that are neither an address nor a CIDR: "fe80::1%eth0"; a good value: "192.0.2.10 10.20.0.0/16"`}},
+		"a mapped prefix":                              {map[string]string{"ALLOWED_IPS": "::ffff:10.0.0.0/104"}, []string{`ALLOWED_IPS has items that are neither an address nor a CIDR: "::ffff:10.0.0.0/104"; a good value: "192.0.2.10 10.20.0.0/16"`}},
+		"directives after a line end":                  {map[string]string{"ALLOWED_IPS": "10.0.0.0/8\nroute {\n echo\n}"}, []string{`ALLOWED_IPS has items that are neither an address nor a CIDR: "route", "{", "echo", "}"; a good value: "192.0.2.10 10.20.0.0/16"`}},
+		"a balancer that is none":                      {map[string]string{"PROXY_PROTOCOL_FROM": "lb.lan"}, []string{`PROXY_PROTOCOL_FROM has items that are neither an address nor a CIDR: "lb.lan"; a good value: 192.0.2.5`}},
+		"everybody as a balancer":                      {map[string]string{"PROXY_PROTOCOL_FROM": "10.0.0.1 0.0.0.0/0"}, []string{"PROXY_PROTOCOL_FROM has 0.0.0.0/0: everybody could say to be anybody; a good value: 192.0.2.5"}},
+		"more connections than there are descriptors":  {map[string]string{"EDGE_MAX_CONNECTIONS": "9000"}, []string{`EDGE_MAX_CONNECTIONS is not a whole number from 10 to 8000: "9000"; a good value: 7000`}},
+		"one address with more than all have together": {map[string]string{"EDGE_MAX_CONNECTIONS": "100"}, []string{"EDGE_MAX_PER_ADDRESS is more than EDGE_MAX_CONNECTIONS (5000 > 100); a good value: 5000"}},
+		"a rate that is no number":                     {map[string]string{"EDGE_RATE_PER_ADDRESS": "20/s"}, []string{`EDGE_RATE_PER_ADDRESS is not a whole number from 1 to 1000000: "20/s"; a good value: 2000`}},
+		"no replica":                                   {map[string]string{"STEP_CA_REPLICAS": "0"}, []string{`STEP_CA_REPLICAS is not a whole number from 1 to 16: "0"; a good value: 2`}},
+		"a pool that the server has no room for":       {map[string]string{"DB_POOL_SIZE": "100"}, []string{`DB_POOL_SIZE is not a whole number from 1 to 80: "100"; a good value: 40`}},
+		"a pool for fewer clients than it has":         {map[string]string{"DB_MAX_CLIENTS": "20"}, []string{"DB_POOL_SIZE is more than DB_MAX_CLIENTS (40 > 20); a good value: 40"}},
+		"an owner named like the reader":               {map[string]string{"POSTGRES_USER": "reports"}, []string{`POSTGRES_USER is "reports", the name of the role that may only read; a good value: step_ca_owner`}},
+		"an edge subnet that is none":                  {map[string]string{"EDGE_SUBNET": "172.28.100.1/24"}, []string{`EDGE_SUBNET is not a subnet of its family with room for hosts: "172.28.100.1/24"; a good value: 172.28.100.0/24`}},
+		"an IPv6 subnet of IPv4":                       {map[string]string{"EDGE_SUBNET6": "10.0.0.0/8"}, []string{`EDGE_SUBNET6 is not a subnet of its family with room for hosts: "10.0.0.0/8"; a good value: fd1c:9000::/64`}},
+		"an owner named like the role":                 {map[string]string{"POSTGRES_USER": "stepca"}, []string{`POSTGRES_USER is "stepca", the name of the role that step-ca itself runs as and that must own nothing; a good value: step_ca_owner`}},
+		"a database name with a quote":                 {map[string]string{"POSTGRES_DB": `a"b`}, []string{`POSTGRES_DB is not a lower-case name of letters, digits and underscores: "a\"b"; a good value: step_ca_db`}},
+		"an unknown log format":                        {map[string]string{"LOG_FORMAT": "xml"}, []string{`LOG_FORMAT is neither text nor json: "xml"; a good value: text`}},
+		"an unknown TLS mode":                          {map[string]string{"POSTGRES_SSLMODE": "prefer"}, []string{`POSTGRES_SSLMODE is none of disable, require, verify-ca and verify-full: "prefer"; a good value: disable`}},
+		"a secret that is missing":                     {map[string]string{"CA_PASSWORD": ""}, []string{"CA_PASSWORD is missing; " + goodSecret}},
+		"a placeholder":                                {map[string]string{"ROOT_CA_PASSWORD": "change_me_root"}, []string{"ROOT_CA_PASSWORD is still the placeholder from .env.example; " + goodSecret}},
+		"the original's placeholder":                   {map[string]string{"POSTGRES_PASSWORD": "step_ca_password_change_me"}, []string{"POSTGRES_PASSWORD is still the placeholder from .env.example; " + goodSecret}},
 		"a secret with a space at its end": {
 			map[string]string{"PROVISIONER_PASSWORD": "tr0ub4dor and three "},
 			[]string{"PROVISIONER_PASSWORD begins or ends with white space (a line end in PROVISIONER_PASSWORD_FILE counts), which step-ca would trim; " + goodSecret},

@@ -12,7 +12,7 @@ import (
 )
 
 // set in docker-compose.yml, the same for everybody
-var constants = []string{"POSTGRES_HOST", "POSTGRES_PORT", "POSTGRES_SSLMODE"}
+var constants = []string{"POSTGRES_HOST", "POSTGRES_PORT", "POSTGRES_SSLMODE", "PGBOUNCER_HOST", "PGBOUNCER_PORT"}
 
 // read by Compose alone
 var composeOnly = []string{"COMPOSE_FILE", "IMPORT_DIR", "PROVISIONERS_DIR", "TEMPLATES_DIR"}
@@ -66,7 +66,7 @@ func TestTheExampleIsGoodButForItsPlaceholders(t *testing.T) {
 		env[m[1]] = strings.Trim(m[2], "'")
 	}
 	var want []string
-	for _, name := range []string{"CA_PASSWORD", "ROOT_CA_PASSWORD", "PROVISIONER_PASSWORD", "SSH_HOST_PROVISIONER_PASSWORD", "POSTGRES_PASSWORD", "STEP_CA_DB_PASSWORD"} {
+	for _, name := range []string{"CA_PASSWORD", "ROOT_CA_PASSWORD", "PROVISIONER_PASSWORD", "SSH_HOST_PROVISIONER_PASSWORD", "POSTGRES_PASSWORD", "STEP_CA_DB_PASSWORD", "REPORTS_DB_PASSWORD"} {
 		want = append(want, name+" is still the placeholder from .env.example; "+goodSecret)
 	}
 	r := read(t, env)

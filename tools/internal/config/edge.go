@@ -7,10 +7,19 @@ import (
 	"strings"
 )
 
-// Edge is who may connect.
+// Edge is who may connect, and how often.
 type Edge struct {
-	Allowed []netip.Prefix // masked, each once, in the order of the setting
+	Allowed   []netip.Prefix // masked, each once, in the order of the setting
+	Balancers []netip.Prefix // who says in a PROXY header for whom it connects; likewise
+
+	MaxConnections int // at once, of everybody
+	MaxPerAddress  int // at once, of one source address
+	RatePerAddress int // new ones a second, of one source address
 }
+
+// The edge may have 16384 file descriptors (docker-compose.yml), a connection takes
+// two, and a few are its own.
+const mostConnections = 8000
 
 // privateRanges is what the keyword private_ranges stands for, as in a Caddyfile.
 var privateRanges = []string{"192.168.0.0/16", "172.16.0.0/12", "10.0.0.0/8", "127.0.0.1/8", "fd00::/8", "::1"}
@@ -22,9 +31,38 @@ const allowedExample = `"192.0.2.10 10.20.0.0/16"`
 // The list is parsed here and rendered anew for Caddy, which takes a variable as
 // text: a line end in it would be the beginning of a directive.
 func (r *Reader) Edge() Edge {
-	var edge Edge
+	edge := Edge{
+		MaxConnections: r.number("EDGE_MAX_CONNECTIONS", r.env.EdgeMaxConnections, "7000", 10, mostConnections),
+		MaxPerAddress:  r.number("EDGE_MAX_PER_ADDRESS", r.env.EdgeMaxPerAddress, "5000", 1, mostConnections),
+		RatePerAddress: r.number("EDGE_RATE_PER_ADDRESS", r.env.EdgeRatePerAddress, "2000", 1, 1_000_000),
+		Allowed:        r.ranges("ALLOWED_IPS", r.env.AllowedIPs, allowedExample),
+		Balancers:      r.ranges("PROXY_PROTOCOL_FROM", r.env.BalancerIPs, "192.0.2.5"),
+	}
+	if edge.Allowed != nil && len(edge.Allowed) == 0 {
+		r.problem("ALLOWED_IPS", allowedExample, "is missing: nobody could connect")
+	}
+	if edge.MaxConnections > 0 && edge.MaxPerAddress > edge.MaxConnections {
+		r.problem("EDGE_MAX_PER_ADDRESS", "5000", "is more than EDGE_MAX_CONNECTIONS (%d > %d)", edge.MaxPerAddress, edge.MaxConnections)
+	}
+	for _, p := range edge.Balancers {
+		if p.Bits() == 0 {
+			r.problem("PROXY_PROTOCOL_FROM", "192.0.2.5", "has %s: everybody could say to be anybody", p)
+		}
+	}
+	for _, p := range edge.Allowed {
+		if p.Bits() == 0 {
+			r.warn("ALLOWED_IPS has %s: every such address may connect", p)
+		}
+	}
+	r.gateways(edge.Allowed)
+	return edge
+}
+
+// ranges reads a list of addresses and CIDRs; nil if there was a problem.
+func (r *Reader) ranges(setting, value, example string) []netip.Prefix {
+	found := []netip.Prefix{}
 	var bad []string
-	for _, item := range items(r.env.AllowedIPs) {
+	for _, item := range items(value) {
 		texts := []string{item}
 		if item == "private_ranges" {
 			texts = privateRanges
@@ -35,24 +73,16 @@ func (r *Reader) Edge() Edge {
 				bad = append(bad, strconv.Quote(text))
 				continue
 			}
-			if !slices.Contains(edge.Allowed, p) {
-				edge.Allowed = append(edge.Allowed, p)
+			if !slices.Contains(found, p) {
+				found = append(found, p)
 			}
 		}
 	}
-	switch {
-	case len(bad) > 0:
-		r.problem("ALLOWED_IPS", allowedExample, "has items that are neither an address nor a CIDR: %s", strings.Join(bad, ", "))
-	case len(edge.Allowed) == 0:
-		r.problem("ALLOWED_IPS", allowedExample, "is missing: nobody could connect")
+	if len(bad) > 0 {
+		r.problem(setting, example, "has items that are neither an address nor a CIDR: %s", strings.Join(bad, ", "))
+		return nil
 	}
-	for _, p := range edge.Allowed {
-		if p.Bits() == 0 {
-			r.warn("ALLOWED_IPS has %s: every such address may connect", p)
-		}
-	}
-	r.gateways(edge.Allowed)
-	return edge
+	return found
 }
 
 // gateways warns where the allow-list lets in more than it says. Without IPv6 on

@@ -2,6 +2,7 @@ package config
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -15,9 +16,12 @@ func FuzzLists(f *testing.F) {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
-		r := &Reader{env: environment{AllowedIPs: s, PolicyDNS: s, PolicyIPs: s, PolicyEmails: s, PolicyWildcards: "false", EdgeSubnet: "172.28.100.0/24"}}
+		r := &Reader{env: environment{
+			AllowedIPs: s, BalancerIPs: s, PolicyDNS: s, PolicyIPs: s, PolicyEmails: s, PolicyWildcards: "false", EdgeSubnet: "172.28.100.0/24",
+			EdgeMaxConnections: "100", EdgeMaxPerAddress: "10", EdgeRatePerAddress: "5",
+		}}
 		edge, policy := r.Edge(), r.Policy()
-		for _, p := range append(edge.Allowed, policy.IPs...) {
+		for _, p := range slices.Concat(edge.Allowed, edge.Balancers, policy.IPs) {
 			if again, err := netip.ParsePrefix(p.String()); err != nil || again != p || p.Masked() != p {
 				t.Fatalf("%q became %v", s, p)
 			}

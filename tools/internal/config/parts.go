@@ -14,11 +14,21 @@ import (
 
 // Database is where step-ca's state lies.
 type Database struct {
-	Host    string
-	Port    uint16
-	SSLMode string
-	Name    string
-	Owner   string
+	Host       string // of the server
+	Port       uint16
+	PoolerHost string // of the connection pooler in front of it
+	PoolerPort uint16
+	SSLMode    string
+	Name       string
+	Owner      string
+}
+
+// Pooler is the database as step-ca reaches it. A connection there is one of the
+// server's for the length of a transaction only, so nothing that belongs to a
+// session (a lock, say) holds.
+func (d Database) Pooler() Database {
+	d.Host, d.Port = d.PoolerHost, d.PoolerPort
+	return d
 }
 
 // A name that needs no quoting in SQL, in a DSN or in a passfile.
@@ -28,6 +38,7 @@ var identifier = regexp.MustCompile(`^[a-z_][a-z0-9_]{0,62}$`)
 func (r *Reader) Database() Database {
 	db := Database{
 		Host: r.env.PostgresHost, Port: r.port("POSTGRES_PORT", r.env.PostgresPort, "5432"),
+		PoolerHost: r.env.PoolerHost, PoolerPort: r.port("PGBOUNCER_PORT", r.env.PoolerPort, "6432"),
 		SSLMode: r.env.PostgresSSLMode, Name: r.env.PostgresDB, Owner: r.env.PostgresUser,
 	}
 	if !slices.Contains([]string{"disable", "require", "verify-ca", "verify-full"}, db.SSLMode) {
@@ -35,10 +46,35 @@ func (r *Reader) Database() Database {
 	}
 	r.identifier("POSTGRES_DB", db.Name, "step_ca_db")
 	r.identifier("POSTGRES_USER", db.Owner, "step_ca_owner")
-	if db.Owner == RuntimeRole {
+	switch db.Owner {
+	case RuntimeRole:
 		r.problem("POSTGRES_USER", "step_ca_owner", "is %q, the name of the role that step-ca itself runs as and that must own nothing", RuntimeRole)
+	case ReportsRole:
+		r.problem("POSTGRES_USER", "step_ca_owner", "is %q, the name of the role that may only read", ReportsRole)
 	}
 	return db
+}
+
+// Sizes is how much there may be of what.
+type Sizes struct {
+	Replicas int // of step-ca
+	Pool     int // connections of the pooler to the server
+	Clients  int // and of step-ca, all replicas together, to the pooler
+}
+
+// Sizes reads them.
+func (r *Reader) Sizes() Sizes {
+	sizes := Sizes{
+		Replicas: r.number("STEP_CA_REPLICAS", r.env.Replicas, "2", 1, 16),
+		// The server has 100 connections (postgres/postgresql.conf); the rest is for
+		// backup, migration, reports and an operator.
+		Pool:    r.number("DB_POOL_SIZE", r.env.PoolSize, "40", 1, 80),
+		Clients: r.number("DB_MAX_CLIENTS", r.env.MaxClients, "4000", 10, 15000),
+	}
+	if sizes.Clients > 0 && sizes.Pool > sizes.Clients {
+		r.problem("DB_POOL_SIZE", "40", "is more than DB_MAX_CLIENTS (%d > %d)", sizes.Pool, sizes.Clients)
+	}
+	return sizes
 }
 
 func (r *Reader) identifier(setting, value, example string) {
@@ -61,6 +97,7 @@ type CA struct {
 	TLS                  Lifetimes
 	Organization         string // in the subjects of leaf TLS certificates, none if empty
 	RevocationPort       uint16 // published, for CRL and KRL; zero if there are none
+	Metrics              bool   // step-ca counts what it does, for Prometheus
 }
 
 // URL is the address of the CA for its clients.
@@ -95,6 +132,7 @@ func (r *Reader) CA() CA {
 		IntermediateLifetime: r.duration("INTERMEDIATE_LIFETIME", r.env.IntermediateLifetime, "26280h"),
 		TLS:                  r.lifetimes("TLS", r.env.TLSMin, r.env.TLSDefault, r.env.TLSMax, "5m", "24h", "720h"),
 		Organization:         r.env.Organization,
+		Metrics:              slices.Contains(items(r.env.Profiles), "metrics"),
 	}
 	if r.env.RevocationPort != "" {
 		ca.RevocationPort = r.port("REVOCATION_PORT", r.env.RevocationPort, "9080")

@@ -43,7 +43,7 @@ const (
 func SecretNames() []string {
 	return []string{
 		"CA_PASSWORD", "ROOT_CA_PASSWORD", "PROVISIONER_PASSWORD", "SSH_HOST_PROVISIONER_PASSWORD",
-		"POSTGRES_PASSWORD", "STEP_CA_DB_PASSWORD", oidcClientSecret,
+		"POSTGRES_PASSWORD", "STEP_CA_DB_PASSWORD", "REPORTS_DB_PASSWORD", oidcClientSecret,
 	}
 }
 
@@ -65,6 +65,9 @@ func (r *Reader) OwnerPassword() Secret { return r.databaseSecret("POSTGRES_PASS
 
 // RuntimePassword is the password of RuntimeRole.
 func (r *Reader) RuntimePassword() Secret { return r.databaseSecret("STEP_CA_DB_PASSWORD") }
+
+// ReportsPassword is the password of ReportsRole.
+func (r *Reader) ReportsPassword() Secret { return r.databaseSecret("REPORTS_DB_PASSWORD") }
 
 // databaseSecret refuses what server and client normalise differently: SASLprep
 // (RFC 4013) is applied to anything beyond printable ASCII.
@@ -149,5 +152,5 @@ func lookupSecret(name string) (string, error) {
 // AllSecrets checks every secret.
 func (r *Reader) AllSecrets() {
 	_, _, _, _ = r.CAPassword(), r.RootCAPassword(), r.ProvisionerPassword(), r.SSHHostPassword()
-	_, _ = r.OwnerPassword(), r.RuntimePassword()
+	_, _, _ = r.OwnerPassword(), r.RuntimePassword(), r.ReportsPassword()
 }

@@ -139,19 +139,21 @@ func parse(text string, known map[string]string) (map[string]string, error) {
 	}
 	// The first pass finds the references that would vanish, without a default like
 	// the one in ${NAME:-x}. The second pass cannot warn about them any more.
-	missing := map[string]bool{}
+	asked := map[string]bool{} // and whether there is such a variable
 	_, err := dotenv.UnmarshalWithLookup(text, func(name string) (string, bool) {
 		value, ok := lookup(name, known)
-		if !ok {
-			missing[name] = true
-		}
+		asked[name] = ok
 		return value, true
 	})
 	if err == nil {
-		for name := range missing {
-			quoted := regexp.QuoteMeta(name) // a name alone on its line may be anything
-			if regexp.MustCompile(`\$(` + quoted + `\b|\{` + quoted + `\})`).MatchString(text) {
+		for name, found := range asked {
+			quoted := regexp.QuoteMeta(name)
+			mentioned := func(as string) bool { return regexp.MustCompile(as).MatchString(text) }
+			switch { // a name alone on its line may be anything
+			case !found && mentioned(`\$(`+quoted+`\b|\{`+quoted+`\})`):
 				return nil, errReference
+			case strings.ContainsAny(text, `'"`) && !mentioned(`\$\{?`+quoted):
+				return nil, errSyntax // a name alone behind a value: A='1'B
 			}
 		}
 		var values map[string]string

@@ -62,6 +62,7 @@ func TestErrorsNeverTellAValue(t *testing.T) {
 		"a quote that is never closed":          {"A=1\nB='hunter2\nC=3\n", "line 2: a quote is not closed"},
 		"a line without a name":                 {"A=1\n\nhunter2!\n", "line 3: it is not of the form NAME=value"},
 		"a name with a space":                   {"MY hunter2=1\n", "line 1: it is not of the form NAME=value"},
+		"a name behind a value":                 {"A='1'hunter2\n", "line 1: it is not of the form NAME=value"},
 		"a reference to nothing":                {"A=p$hunter2\n", `line 1: it has a "$" that refers to nothing; in single quotes a "$" is only a "$"`},
 		"a reference to nothing in braces":      {"A=\"p${hunter2}\"\n", `line 1: it has a "$" that refers to nothing; in single quotes a "$" is only a "$"`},
 		"a reference to a later variable":       {"A=$hunter2\nhunter2=1\n", `line 1: it has a "$" that refers to nothing; in single quotes a "$" is only a "$"`},
@@ -110,7 +111,7 @@ func write(t *testing.T, content string) string {
 
 // Statement by statement or as a whole, it is the same file.
 func FuzzValues(f *testing.F) {
-	for _, seed := range []string{"A=1\nB='x\n' C=\"$A\"\n", "export A: b # c\r\nD\n", "A='\\''\n#'\nB=${A:-'}"} {
+	for _, seed := range []string{"A=1\nB='x\n' C=\"$A\"\n", "export A: b # c\r\nD\n", "A='\\''\n#'\nB=${A:-'}", "A=\nA='1'A"} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, file string) {

@@ -237,7 +237,8 @@ func list(ctx context.Context, conn *pgx.Conn) ([]Key, error) {
 // signed with the account's key from then on. Without, ErrBound.
 //
 // step-ca reads a key, registers the account and then marks the key. A registration
-// that has read the key already may therefore still go through.
+// that has read the key already fails then, and its account orders nothing
+// (postgres/migrations/010_eab_once.sql).
 func Revoke(ctx context.Context, conn *pgx.Conn, id string, deactivate bool, now time.Time) (Key, bool, error) {
 	var (
 		result  Key

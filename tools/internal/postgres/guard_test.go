@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/smallstep/certificates/acme"
@@ -18,6 +19,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.step.sm/crypto/jose"
 
+	"github.com/infra-pki/infra-pki/tools/internal/eab"
 	"github.com/infra-pki/infra-pki/tools/internal/postgres"
 	"github.com/infra-pki/infra-pki/tools/internal/postgrestest"
 )
@@ -124,12 +126,20 @@ func TestOneOfEightWins(t *testing.T) {
 			},
 			told: "index already exists|row already exists in acme_keyID_accountID_index",
 		},
+		"an account is bound to an external account key": {
+			table: "acme_external_account_keys", guard: "acme_external_account_keys_once", rows: 1,
+			prepare: func(t *testing.T, ca stepCA, _ string) racer {
+				t.Helper()
+				key := newKey(t, ca)
+				return func(int) error { _, err := ca.register(t, key, "acme"); return err }
+			},
+			told: "already bound|changed since last read",
+		},
 	}
 	for name, tc := range tests {
 		t.Run(name, func(t *testing.T) {
-			d := postgrestest.New(t)
-			d.Migrate(t)
-			ca := openAsStepCA(t, d)
+			_, d, _ := pooled(t, postgrestest.PoolerSizes)
+			ca := openPooled(t, d)
 			owner := d.Owner(t)
 			race := func(name string) (winners [rounds]int, losers []error) {
 				for round := range rounds {
@@ -180,6 +190,163 @@ func TestOneOfEightWins(t *testing.T) {
 			t.Logf("without the guard there were several winners in %d of %d rounds", several, rounds)
 		})
 	}
+}
+
+// newKey makes an external account key.
+func newKey(t *testing.T, ca stepCA) string {
+	t.Helper()
+	key, err := ca.acme.CreateExternalAccountKey(t.Context(), "", "")
+	require.NoError(t, err)
+	return key.ID
+}
+
+// register does what step-ca does for a new account that shows an external account key,
+// in its order (acme/api/account.go, NewAccount). The account is returned in any case.
+func (ca stepCA) register(t *testing.T, keyID, provisioner string) (*acme.Account, error) {
+	t.Helper()
+	private, err := jose.GenerateJWK("EC", "P-256", "ES256", "sig", "", 0)
+	require.NoError(t, err)
+	public := private.Public()
+	account := &acme.Account{Key: &public, Status: acme.StatusValid, ProvisionerName: provisioner}
+	if keyID == "" {
+		return account, ca.acme.CreateAccount(t.Context(), account)
+	}
+	key, err := ca.acme.GetExternalAccountKey(t.Context(), "", keyID)
+	require.NoError(t, err)
+	if key.AlreadyBound() {
+		return account, errors.New("already bound")
+	}
+	require.NoError(t, ca.acme.CreateAccount(t.Context(), account))
+	require.NoError(t, key.BindTo(account))
+	return account, ca.acme.UpdateExternalAccountKey(t.Context(), "", key)
+}
+
+func (ca stepCA) order(t *testing.T, account *acme.Account) error {
+	t.Helper()
+	return ca.acme.CreateOrder(t.Context(), &acme.Order{AccountID: account.ID, Status: acme.StatusPending})
+}
+
+// A provisioner demands external account keys: whoever has none that names the account
+// orders nothing, however the account came to be.
+func TestUnboundAccountOrdersNothing(t *testing.T) {
+	d := postgrestest.New(t)
+	d.Migrate(t)
+	ca, conn := openAsStepCA(t, d), d.Runtime(t)
+	const refused = "account is not bound to an external account key"
+	older, err := ca.register(t, "", "acme")
+	require.NoError(t, err)
+	time.Sleep(time.Until(time.Now().Truncate(time.Second).Add(1100 * time.Millisecond))) // step-ca's times are whole seconds
+
+	require.NoError(t, postgres.RequireEAB(t.Context(), conn, []string{"acme", "strict"}))
+	require.NoError(t, postgres.RequireEAB(t.Context(), conn, []string{"acme", "strict"}))
+	required, err := postgres.EABRequired(t.Context(), conn)
+	require.NoError(t, err)
+	require.Equal(t, []string{"acme", "strict"}, required)
+
+	key := newKey(t, ca)
+	winner, err := ca.register(t, key, "acme")
+	require.NoError(t, err)
+	killedBetween, err := ca.register(t, "", "acme") // the account is stored, the key is not bound
+	require.NoError(t, err)
+	elsewhere, err := ca.register(t, "", "open")
+	require.NoError(t, err)
+
+	require.NoError(t, ca.order(t, older), "an account from before is as welcome as it was")
+	require.NoError(t, ca.order(t, winner))
+	require.NoError(t, ca.order(t, winner))
+	require.NoError(t, ca.order(t, elsewhere), "another provisioner demands none")
+	require.ErrorContains(t, ca.order(t, killedBetween), refused)
+
+	// The bound account's orders are updated as ever.
+	order := &acme.Order{AccountID: winner.ID, Status: acme.StatusPending}
+	require.NoError(t, ca.acme.CreateOrder(t.Context(), order))
+	order.Status = acme.StatusReady
+	require.NoError(t, ca.acme.UpdateOrder(t.Context(), order))
+
+	// A second account takes the key away from nobody. This is the loser of the race, made sure.
+	again, err := ca.acme.GetExternalAccountKey(t.Context(), "", key)
+	require.NoError(t, err)
+	again.AccountID = killedBetween.ID
+	require.ErrorContains(t, ca.acme.UpdateExternalAccountKey(t.Context(), "", again), "external account key is already bound")
+	require.ErrorContains(t, ca.order(t, killedBetween), refused)
+	require.NoError(t, ca.order(t, winner))
+
+	drop(t, d.Owner(t), "acme_orders", "acme_orders_bound")
+	require.NoError(t, ca.order(t, killedBetween))
+}
+
+// A provisioner that demands keys no longer lets everybody order again.
+func TestEABNoLongerRequired(t *testing.T) {
+	d := postgrestest.New(t)
+	d.Migrate(t)
+	ca, conn := openAsStepCA(t, d), d.Runtime(t)
+	require.NoError(t, postgres.RequireEAB(t.Context(), conn, []string{"acme"}))
+	account, err := ca.register(t, "", "acme")
+	require.NoError(t, err)
+	require.Error(t, ca.order(t, account))
+	require.NoError(t, postgres.RequireEAB(t.Context(), conn, nil))
+	required, err := postgres.EABRequired(t.Context(), conn)
+	require.NoError(t, err)
+	require.Empty(t, required)
+	require.NoError(t, ca.order(t, account))
+}
+
+// A key that was revoked while somebody registered with it is bound to nobody.
+func TestRevokedKeyIsNotBound(t *testing.T) {
+	d := postgrestest.New(t)
+	d.Migrate(t)
+	ca := openAsStepCA(t, d)
+	key := newKey(t, ca)
+	registering, err := ca.acme.GetExternalAccountKey(t.Context(), "", key)
+	require.NoError(t, err)
+	account, err := ca.register(t, "", "acme")
+	require.NoError(t, err)
+	_, changed, err := eab.Revoke(t.Context(), d.Runtime(t), key, false, time.Now())
+	require.NoError(t, err)
+	require.True(t, changed)
+	require.NoError(t, registering.BindTo(account))
+	require.ErrorContains(t, ca.acme.UpdateExternalAccountKey(t.Context(), "", registering), "external account key is already bound")
+}
+
+// Two replicas make the first orders of an account at once, in step-ca's own words: a
+// lock of the process keeps its own code from it, so this is two sessions, one waiting.
+func TestFirstOrdersOfAnAccountAreBothListed(t *testing.T) {
+	d := postgrestest.New(t)
+	d.Migrate(t)
+	ca, owner := openAsStepCA(t, d), d.Owner(t)
+	const lock = "select nvalue from acme_account_orders_index where nkey = $1 for update"
+	const upsert = "insert into acme_account_orders_index (nkey, nvalue) values ($1, $2) on conflict (nkey) do update set nvalue = excluded.nvalue"
+	race := func(account string) error {
+		pending := &acme.Order{AccountID: "other", Status: acme.StatusPending}
+		require.NoError(t, ca.acme.CreateOrder(t.Context(), pending))
+		first, err := d.Runtime(t).Begin(t.Context())
+		require.NoError(t, err)
+		second, err := d.Runtime(t).Begin(t.Context())
+		require.NoError(t, err)
+		for _, tx := range []pgx.Tx{first, second} {
+			found, err := tx.Exec(t.Context(), lock, []byte(account))
+			require.NoError(t, err)
+			require.Zero(t, found.RowsAffected())
+		}
+		_, err = first.Exec(t.Context(), upsert, []byte(account), []byte(`["`+pending.ID+`"]`))
+		require.NoError(t, err)
+		lost := make(chan error, 1)
+		go func() {
+			_, err := second.Exec(t.Context(), upsert, []byte(account), []byte(`["another"]`))
+			lost <- errors.Join(err, second.Rollback(t.Context()))
+		}()
+		require.NoError(t, first.Commit(t.Context()))
+		return <-lost
+	}
+	require.Equal(t, "40001", codeOf(race("guarded")))
+
+	// What step-ca may drop: an order that is ready, or has expired.
+	account := &acme.Account{ID: "account"}
+	require.NoError(t, ca.order(t, account))
+	require.NoError(t, ca.order(t, account))
+
+	drop(t, owner, "acme_account_orders_index", "acme_account_orders_index_kept")
+	require.NoError(t, race("unguarded"))
 }
 
 func drop(t *testing.T, owner *pgx.Conn, table, guard string) {

@@ -23,11 +23,11 @@ func TestRuntimeDSN(t *testing.T) {
 	}{
 		"in the stack": {
 			config.Database{Host: "postgres", Port: 5432, SSLMode: "disable", Name: "step_ca_db", Owner: "step_ca_owner"},
-			"postgresql://stepca@postgres:5432/step_ca_db?application_name=step-ca&connect_timeout=5&passfile=%2Fhome%2Fstep%2Fconfig%2Fpgpass&sslmode=disable",
+			"postgresql://stepca@postgres:5432/step_ca_db?application_name=step-ca&connect_timeout=5&default_query_exec_mode=exec&passfile=%2Fhome%2Fstep%2Fconfig%2Fpgpass&sslmode=disable",
 		},
 		"over IPv6 with TLS": {
 			config.Database{Host: "fd00::5", Port: 6432, SSLMode: "verify-full", Name: "ca"},
-			"postgresql://stepca@[fd00::5]:6432/ca?application_name=step-ca&connect_timeout=5&passfile=%2Fhome%2Fstep%2Fconfig%2Fpgpass&sslmode=verify-full",
+			"postgresql://stepca@[fd00::5]:6432/ca?application_name=step-ca&connect_timeout=5&default_query_exec_mode=exec&passfile=%2Fhome%2Fstep%2Fconfig%2Fpgpass&sslmode=verify-full",
 		},
 	}
 	for name, tc := range tests {

@@ -25,20 +25,27 @@ const (
 	// create a table of any name first.
 	versionTable = "infra_pki.version"
 	// The one file that is run every time.
-	roleFile = "runtime_role.sql"
+	roleFile = "roles.sql"
 )
 
-// Migrate brings schema, runtime role and its password to what the files in dir and
-// the setting declare. conn is the owner's. Each step is a transaction of its own, so
-// that a run that is killed can be run again.
-func Migrate(ctx context.Context, conn *pgx.Conn, dir string, password config.Secret, log *slog.Logger) error {
+// Passwords are those of the roles that db-migrate makes.
+type Passwords struct {
+	Runtime config.Secret // step-ca's
+	Reports config.Secret // of the one that may only read
+}
+
+// Migrate brings schema, roles and their passwords to what the files in dir and the
+// settings declare. conn is the owner's. Each step is a transaction of its own, so that
+// a run that is killed can be run again.
+func Migrate(ctx context.Context, conn *pgx.Conn, dir string, passwords Passwords, log *slog.Logger) error {
 	report := func(outcome, item string) {
 		log.LogAttrs(ctx, slog.LevelInfo, outcome, slog.String("item", item))
 	}
 	for _, step := range []func() error{
 		func() error { return migrateSchema(ctx, conn, dir, report) },
-		func() error { return migrateRole(ctx, conn, dir, report) },
-		func() error { return setPassword(ctx, conn, password, report) },
+		func() error { return migrateRoles(ctx, conn, dir, report) },
+		func() error { return setPassword(ctx, conn, config.RuntimeRole, passwords.Runtime, report) },
+		func() error { return setPassword(ctx, conn, config.ReportsRole, passwords.Reports, report) },
 		func() error { return readBack(ctx, conn) },
 	} {
 		if err := step(); err != nil {
@@ -85,14 +92,14 @@ func migrateSchema(ctx context.Context, conn *pgx.Conn, dir string, report func(
 	return nil
 }
 
-// What runtime_role.sql may change, in an order that does not depend on when a
-// privilege was granted.
+// What roles.sql may change, in an order that does not depend on when a privilege was
+// granted.
 const privilegesQuery = `
 select jsonb_build_object(
-  'role', (select to_jsonb(r) - 'rolconfig' from pg_roles r where rolname = $1),
-  'settings', (select jsonb_agg(s order by s) from pg_roles, unnest(rolconfig) s where rolname = $1),
-  'memberships', (select jsonb_agg(roleid order by roleid) from pg_auth_members
-                   where member = to_regrole($1)),
+  'roles', (select jsonb_agg(to_jsonb(r) - 'rolconfig' order by rolname) from pg_roles r where rolname = any($1)),
+  'settings', (select jsonb_agg(concat_ws(' ', rolname, s) order by rolname, s) from pg_roles, unnest(rolconfig) s where rolname = any($1)),
+  'memberships', (select jsonb_agg(concat_ws(' ', member, roleid) order by member, roleid) from pg_auth_members m
+                    join pg_roles r on r.oid = m.member where rolname = any($1)),
   'grants', (select jsonb_agg(concat_ws(' ', kind, object, part, a) order by kind, object, part, a::text) from (
       select 'database', oid, 0, coalesce(datacl, acldefault('d', datdba))
         from pg_database where datname = current_database()
@@ -111,8 +118,9 @@ select jsonb_build_object(
     ) as p (kind, object, part, acl), unnest(acl) a)
 )::text`
 
-func migrateRole(ctx context.Context, conn *pgx.Conn, dir string, report func(outcome, item string)) (err error) {
-	const item = "role " + config.RuntimeRole
+func migrateRoles(ctx context.Context, conn *pgx.Conn, dir string, report func(outcome, item string)) (err error) {
+	const item = "roles " + config.RuntimeRole + " and " + config.ReportsRole
+	roles := []string{config.RuntimeRole, config.ReportsRole}
 	script, err := os.ReadFile(filepath.Join(dir, roleFile))
 	if err != nil {
 		return fmt.Errorf("reading migrations: %w", err)
@@ -124,16 +132,16 @@ func migrateRole(ctx context.Context, conn *pgx.Conn, dir string, report func(ou
 	defer tx.Rollback(ctx) //nolint:errcheck // after a commit there is nothing to roll back
 	var existed bool
 	var before, after string
-	if err := tx.QueryRow(ctx, "select to_regrole($1) is not null", config.RuntimeRole).Scan(&existed); err != nil {
+	if err := tx.QueryRow(ctx, "select count(*) = cardinality($1::text[]) from pg_roles where rolname = any($1)", roles).Scan(&existed); err != nil {
 		return fmt.Errorf("looking for %s: %w", item, said(err))
 	}
-	if err := tx.QueryRow(ctx, privilegesQuery, config.RuntimeRole).Scan(&before); err != nil {
+	if err := tx.QueryRow(ctx, privilegesQuery, roles).Scan(&before); err != nil {
 		return fmt.Errorf("reading privileges: %w", said(err))
 	}
 	if _, err := tx.Exec(ctx, string(script)); err != nil {
 		return fmt.Errorf("applying %s: %w", roleFile, said(err))
 	}
-	if err := tx.QueryRow(ctx, privilegesQuery, config.RuntimeRole).Scan(&after); err != nil {
+	if err := tx.QueryRow(ctx, privilegesQuery, roles).Scan(&after); err != nil {
 		return fmt.Errorf("reading privileges: %w", said(err))
 	}
 	if before == after {
@@ -148,13 +156,13 @@ func migrateRole(ctx context.Context, conn *pgx.Conn, dir string, report func(ou
 }
 
 // setPassword stores a verifier, only where the one that is there does not fit.
-func setPassword(ctx context.Context, conn *pgx.Conn, password config.Secret, report func(outcome, item string)) error {
-	const item = "password of role " + config.RuntimeRole
-	var stored *string
-	if err := conn.QueryRow(ctx, "select rolpassword from pg_authid where rolname = $1", config.RuntimeRole).Scan(&stored); err != nil {
-		return fmt.Errorf("reading the verifier of the %s: %w", item, said(err))
+func setPassword(ctx context.Context, conn *pgx.Conn, role string, password config.Secret, report func(outcome, item string)) error {
+	item := "password of role " + role
+	stored, err := storedVerifier(ctx, conn, role)
+	if err != nil {
+		return err
 	}
-	if stored != nil && matches(*stored, password) {
+	if matches(stored, password) {
 		report(unchanged, item)
 		return nil
 	}
@@ -163,11 +171,21 @@ func setPassword(ctx context.Context, conn *pgx.Conn, password config.Secret, re
 		return err
 	}
 	// DDL takes no parameters; a verifier consists of letters, digits and "$:/+=-".
-	if _, err := conn.Exec(ctx, "alter role "+config.RuntimeRole+" password '"+fresh+"'"); err != nil {
+	if _, err := conn.Exec(ctx, "alter role "+role+" password '"+fresh+"'"); err != nil {
 		return fmt.Errorf("setting the %s: %w", item, said(err))
 	}
-	report(map[bool]string{true: created, false: updated}[stored == nil], item)
+	report(map[bool]string{true: created, false: updated}[stored == ""], item)
 	return nil
+}
+
+// storedVerifier is what the server verifies a role's password with, "" if it has none.
+func storedVerifier(ctx context.Context, conn *pgx.Conn, role string) (string, error) {
+	var stored string
+	err := conn.QueryRow(ctx, "select coalesce(rolpassword, '') from pg_authid where rolname = $1", role).Scan(&stored)
+	if err != nil {
+		return "", fmt.Errorf("reading the verifier of role %s: %w", role, said(err))
+	}
+	return stored, nil
 }
 
 // readBack proves what the version table claims.

@@ -18,8 +18,13 @@ import (
 
 // RuntimeDSN is the data source in ca.json. It holds no password: step-ca's driver
 // takes that from passfile, which PassfileLine fills.
+//
+// The driver prepares statements by default, and another client of the pooler would
+// find them, or not find its own: "exec" prepares none.
 func RuntimeDSN(db config.Database, passfile string) string {
-	return dsn(db, config.RuntimeRole, url.Values{"application_name": {"step-ca"}, "passfile": {passfile}})
+	return dsn(db, config.RuntimeRole, url.Values{
+		"application_name": {"step-ca"}, "passfile": {passfile}, "default_query_exec_mode": {"exec"},
+	})
 }
 
 // PassfileLine is the line by which RuntimeDSN finds the password.
@@ -51,11 +56,23 @@ type Login struct {
 	role     string
 	password config.Secret
 	params   map[string]string
+	pooled   bool
 }
 
-// Runtime is the login of step-ca, with step-ca's own parameters.
+// Runtime is the login of step-ca's role at the server itself: what a session has (a
+// lock, a prepared statement) holds.
 func Runtime(db config.Database, password config.Secret) Login {
 	return Login{db: db, role: config.RuntimeRole, password: password}
+}
+
+// Pooled is the login of step-ca, through the pooler and with step-ca's own parameters.
+func Pooled(db config.Database, password config.Secret) Login {
+	return Login{db: db.Pooler(), role: config.RuntimeRole, password: password, pooled: true}
+}
+
+// Reports is the login of the role that may only read, at the server itself.
+func Reports(db config.Database, password config.Secret) Login {
+	return Login{db: db, role: config.ReportsRole, password: password}
 }
 
 // Owner is the login of the owner, who waits for a lock no longer than lockTimeout.
@@ -79,7 +96,11 @@ func (l Login) Connect(ctx context.Context) (*pgx.Conn, error) {
 }
 
 func (l Login) dial(ctx context.Context) (*pgx.Conn, error) {
-	cfg, err := pgx.ParseConfig(dsn(l.db, l.role, url.Values{"application_name": {"infra-pki"}}))
+	params := url.Values{"application_name": {"infra-pki"}}
+	if l.pooled {
+		params.Set("default_query_exec_mode", "exec")
+	}
+	cfg, err := pgx.ParseConfig(dsn(l.db, l.role, params))
 	if err != nil {
 		return nil, err
 	}
@@ -92,5 +113,9 @@ func (l Login) dial(ctx context.Context) (*pgx.Conn, error) {
 
 // String names the way in, without the password.
 func (l Login) String() string {
-	return fmt.Sprintf("database %q at %s as %q", l.db.Name, net.JoinHostPort(l.db.Host, strconv.Itoa(int(l.db.Port))), l.role)
+	where := "at"
+	if l.pooled {
+		where = "through pgbouncer at"
+	}
+	return fmt.Sprintf("database %q %s %s as %q", l.db.Name, where, net.JoinHostPort(l.db.Host, strconv.Itoa(int(l.db.Port))), l.role)
 }

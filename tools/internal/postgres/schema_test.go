@@ -2,6 +2,7 @@ package postgres_test
 
 import (
 	"errors"
+	"fmt"
 	"testing"
 
 	"github.com/jackc/pgx/v5"
@@ -67,6 +68,12 @@ func TestRuntimeRoleCannot(t *testing.T) {
 		"put a rule on a table":               {"create rule r as on update to used_ott do instead nothing", denied},
 		"alter a table":                       {"alter table x509_certs add column x int", denied},
 		"drop a table":                        {"drop table x509_certs", denied},
+		"forget a used token":                 {"delete from used_ott", denied},
+		"forget a certificate":                {"delete from x509_certs", denied},
+		"take a revocation back":              {"delete from revoked_x509_certs", denied},
+		"delete an external account key":      {"delete from acme_external_account_keys", denied},
+		"date the demand for keys":            {"insert into infra_pki.eab_required values ('acme', 'infinity')", denied},
+		"pretend a backup":                    {"insert into infra_pki.backups (bytes, certificates) values (1, 1)", denied},
 		"empty a table past the row triggers": {"truncate used_ott", denied},
 		"change the root's fingerprint":       {"update infra_pki.root set fingerprint = repeat('b', 64)", denied},
 		"remove the root's record":            {"delete from infra_pki.root", denied},
@@ -95,6 +102,34 @@ func TestRuntimeRoleCannot(t *testing.T) {
 	}
 }
 
+// The role for reports reads what there is, but for the keys of accounts to be, and
+// writes nothing.
+func TestReportsRole(t *testing.T) {
+	d := postgrestest.New(t)
+	d.Migrate(t)
+	_, err := d.Owner(t).Exec(t.Context(), "insert into infra_pki.backups (bytes, certificates) values (1, 0)")
+	require.NoError(t, err)
+	conn := d.Reports(t)
+	for _, may := range []string{
+		"select count(*) from x509_certs", "select fingerprint from infra_pki.root", "select max(taken_at) from infra_pki.backups",
+		"select state, query from pg_stat_activity where usename = 'stepca'", "select pg_database_size(current_database())",
+	} {
+		_, err := conn.Exec(t.Context(), may)
+		require.NoError(t, err, may)
+	}
+	_, err = conn.Exec(t.Context(), "set default_transaction_read_only = off")
+	require.NoError(t, err, "which it may, and it does not help")
+	for _, mayNot := range []string{
+		"select * from acme_external_account_keys", "insert into x509_certs values ('k', 'v')", "update x509_certs set nvalue = ''",
+		"delete from x509_certs", "create table x ()", "create temporary table x ()", "insert into infra_pki.backups (bytes, certificates) values (1, 1)",
+		"select rolpassword from pg_authid", "select * from nonces for update", "set role stepca",
+		"alter role reports connection limit 50", "select pg_terminate_backend(pg_backend_pid()) from pg_authid",
+	} {
+		_, err := conn.Exec(t.Context(), mayNot)
+		require.Equal(t, "42501", codeOf(err), mayNot)
+	}
+}
+
 func TestRuntimeRoleOwnsNothing(t *testing.T) {
 	d := postgrestest.New(t)
 	d.Migrate(t)
@@ -103,6 +138,43 @@ func TestRuntimeRoleOwnsNothing(t *testing.T) {
 	require.NoError(t, d.Owner(t).QueryRow(t.Context(),
 		"select count(*) from pg_shdepend where refclassid = 'pg_authid'::regclass and refobjid = 'stepca'::regrole and deptype = 'o'").Scan(&owned))
 	require.Zero(t, owned)
+}
+
+// A database that step-ca made itself, under the name of what is its role here: nothing
+// that it holds is lost, and it is guarded as any other.
+func TestDatabaseOfStepCAsOwnIsAdopted(t *testing.T) {
+	d := postgrestest.New(t)
+	owner := d.Owner(t)
+	_, err := owner.Exec(t.Context(), fmt.Sprintf(`create role stepca login password 'made by hand';
+		alter database %s owner to stepca; alter schema public owner to stepca`, pgx.Identifier{d.Name}.Sanitize()))
+	require.NoError(t, err)
+	hers := *d
+	hers.Database.Owner, hers.OwnerPassword = "stepca", "made by hand"
+	before := openAsItsOwn(t, &hers)
+	_, err = before.UseToken("id", "token")
+	require.NoError(t, err)
+	account, err := before.register(t, "", "acme")
+	require.NoError(t, err)
+	require.NoError(t, before.order(t, account))
+	const contents = `select jsonb_object_agg(relname, query_to_xml(format('select * from public.%I order by nkey', relname), true, true, '')::text)
+		from pg_class where relnamespace = 'public'::regnamespace and relkind = 'r'`
+	var was, is string
+	require.NoError(t, owner.QueryRow(t.Context(), contents).Scan(&was))
+	require.Contains(t, was, "acme_account_orders_index")
+
+	d.Migrate(t)
+	require.NoError(t, owner.QueryRow(t.Context(), contents).Scan(&is))
+	require.Equal(t, was, is)
+	var owned int
+	require.NoError(t, owner.QueryRow(t.Context(),
+		"select count(*) from pg_shdepend where refclassid = 'pg_authid'::regclass and refobjid = 'stepca'::regrole and deptype = 'o'").Scan(&owned))
+	require.Zero(t, owned)
+	require.NoError(t, postgres.Ready(t.Context(), d.Runtime(t)))
+	after := openAsStepCA(t, d)
+	used, err := after.UseToken("id", "token")
+	require.NoError(t, err)
+	require.False(t, used)
+	require.NoError(t, after.order(t, account))
 }
 
 // Every guard is one that db-wait waits for, and no function of one can be called.
@@ -118,7 +190,7 @@ func TestEachGuardIsKnown(t *testing.T) {
 	}
 	guards, err := pgx.CollectRows(found, pgx.RowToStructByPos[guard])
 	require.NoError(t, err)
-	require.Len(t, guards, 8)
+	require.Len(t, guards, 11)
 	runtime := d.Runtime(t)
 	for _, g := range guards {
 		require.False(t, g.Callable, g.Name)

@@ -131,6 +131,7 @@ const (
 	hintPrimary = "POSTGRES_HOST must name the primary"
 	hintServer  = `is the server running? "docker compose ps postgres" and "docker compose logs postgres" tell; POSTGRES_HOST and POSTGRES_PORT say where it is looked for`
 	hintDB      = "POSTGRES_DB is read once, when the database is first made: put the old name back, or create a database of the new name"
+	hintPooler  = `PostgreSQL itself is ready; "docker compose ps pgbouncer" and "docker compose logs pgbouncer" tell why it is not passed on, PGBOUNCER_HOST and PGBOUNCER_PORT say where pgbouncer is looked for`
 	hintTLS     = "POSTGRES_SSLMODE says how the connection is protected, and the server must be set up for the same"
 )
 
@@ -140,8 +141,19 @@ func (l Login) explain(err error) *fault {
 	if errors.As(err, &known) {
 		return known
 	}
+	f := l.explainFailure(err)
+	if l.pooled && f.hint == hintServer {
+		f.hint = hintPooler
+	}
+	return f
+}
+
+func (l Login) explainFailure(err error) *fault {
 	var pg *pgconn.PgError
 	if errors.As(err, &pg) {
+		if l.pooled && pg.Code == "08P01" {
+			return explainPooler(pg)
+		}
 		return l.explainAnswer(pg)
 	}
 	var (
@@ -173,6 +185,24 @@ func (l Login) explain(err error) *fault {
 	return &fault{reason: innermost(err).Error()}
 }
 
+// explainPooler judges what PgBouncer 1.18 itself says. It has one code for everything,
+// so the text is what there is.
+func explainPooler(pg *pgconn.PgError) *fault {
+	f := &fault{reason: "pgbouncer: " + pg.Message, passing: true, hint: hintPooler}
+	switch {
+	case strings.HasPrefix(pg.Message, "no such database"):
+		f.passing, f.hint = false, `pgbouncer was started for another POSTGRES_DB: "docker compose up -d pgbouncer"`
+	case strings.Contains(pg.Message, "authentication failed"), strings.HasPrefix(pg.Message, "no such user"):
+		// It reads a new file of users by itself, but not at once.
+		f.hint = `pgbouncer has other verifiers than PostgreSQL: db-migrate writes them, and "docker compose restart pgbouncer" has them read`
+	case strings.Contains(pg.Message, "max_client_conn"):
+		f.hint = "DB_MAX_CLIENTS says how many connections pgbouncer takes"
+	case strings.HasPrefix(pg.Message, "query_wait_timeout"):
+		f.hint = "no connection to PostgreSQL was free in time: DB_POOL_SIZE says how many pgbouncer has"
+	}
+	return f
+}
+
 // explainAnswer judges what the server itself said.
 func (l Login) explainAnswer(pg *pgconn.PgError) *fault {
 	f := &fault{reason: answer{pg}.Error()}
@@ -199,7 +229,7 @@ func (l Login) explainAnswer(pg *pgconn.PgError) *fault {
 	case "25006":
 		f.passing, f.hint = true, hintPrimary
 	case "53300": // of the server or of the role
-		f.passing, f.hint = true, "max_connections in postgres/postgresql.conf and the limit in postgres/migrations/runtime_role.sql say how many there may be"
+		f.passing, f.hint = true, "max_connections in postgres/postgresql.conf and the limits in postgres/migrations/roles.sql say how many there may be"
 	default:
 		// 08 connection exceptions, 53 out of some resource
 		f.passing = strings.HasPrefix(pg.Code, "08") || strings.HasPrefix(pg.Code, "53")

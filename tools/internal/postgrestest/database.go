@@ -24,6 +24,7 @@ type Database struct {
 	config.Database
 	OwnerPassword   config.Secret
 	RuntimePassword config.Secret
+	ReportsPassword config.Secret
 }
 
 // New makes an empty database that lives as long as the test.
@@ -38,8 +39,11 @@ func New(tb testing.TB) *Database {
 // Database is the server's one database, empty at first.
 func (s *Server) Database() *Database {
 	return &Database{
-		Database:      config.Database{Host: "127.0.0.1", Port: s.port, SSLMode: "disable", Name: "postgres", Owner: owner},
-		OwnerPassword: ownerPassword, RuntimePassword: runtimePassword,
+		Database: config.Database{
+			Host: "127.0.0.1", Port: s.port, PoolerHost: "127.0.0.1", PoolerPort: s.poolerPort,
+			SSLMode: "disable", Name: "postgres", Owner: owner,
+		},
+		OwnerPassword: ownerPassword, RuntimePassword: runtimePassword, ReportsPassword: reportsPassword,
 	}
 }
 
@@ -56,7 +60,7 @@ func shared(tb testing.TB, address string) *Database {
 	require.NoError(tb, err, "TEST_DATABASE_URL")
 	db := &Database{
 		Database:      config.Database{Host: cfg.Host, Port: cfg.Port, SSLMode: "disable", Name: cfg.Database, Owner: cfg.User},
-		OwnerPassword: config.Secret(cfg.Password), RuntimePassword: runtimePassword,
+		OwnerPassword: config.Secret(cfg.Password), RuntimePassword: runtimePassword, ReportsPassword: reportsPassword,
 	}
 	if mode := u.Query().Get("sslmode"); mode != "" {
 		db.SSLMode = mode
@@ -75,7 +79,7 @@ func shared(tb testing.TB, address string) *Database {
 			_, err := turn.Exec(ctx, "drop database "+name+" with (force)")
 			require.NoError(tb, err)
 		}
-		_, err = turn.Exec(ctx, "drop role if exists "+config.RuntimeRole)
+		_, err = turn.Exec(ctx, "drop role if exists "+config.RuntimeRole+", "+config.ReportsRole)
 		require.NoError(tb, err)
 	}
 	clear()
@@ -110,10 +114,20 @@ func (db *Database) Runtime(tb testing.TB) *pgx.Conn {
 	return conn
 }
 
+// Reports connects as the role that may only read.
+func (db *Database) Reports(tb testing.TB) *pgx.Conn {
+	tb.Helper()
+	conn, err := postgres.Reports(db.Database, db.ReportsPassword).Connect(tb.Context())
+	require.NoError(tb, err)
+	tb.Cleanup(func() { _ = conn.Close(context.WithoutCancel(tb.Context())) }) // the server may be gone by now
+	return conn
+}
+
 // Migrate does what db-migrate does, with the stack's own migrations.
 func (db *Database) Migrate(tb testing.TB) {
 	tb.Helper()
-	err := postgres.Migrate(tb.Context(), db.Owner(tb), Migrations(), db.RuntimePassword, slog.New(slog.DiscardHandler))
+	passwords := postgres.Passwords{Runtime: db.RuntimePassword, Reports: db.ReportsPassword}
+	err := postgres.Migrate(tb.Context(), db.Owner(tb), Migrations(), passwords, slog.New(slog.DiscardHandler))
 	require.NoError(tb, err)
 }
 

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -23,8 +24,8 @@ import (
 )
 
 // Scripts are testscripts with a server and an empty database each. The environment
-// is that of a one-shot in the stack; the passwords are in the files owner-password
-// and stepca-password. Further commands:
+// is that of a one-shot in the stack; the passwords are in the files owner-password,
+// stepca-password and reports-password. Further commands:
 //
 //	migrate                     what db-migrate does, without running it
 //	sql QUERY                   as owner; prints the rows
@@ -32,6 +33,7 @@ import (
 //	hold TABLE                  locks a table until "release"
 //	release
 //	server stop|start|standby|recovery|primary|tls|log
+//	pooler start [POSTGRES_DB=NAME] [POSTGRES_PORT=PORT], pooler stop
 //	ends-with FILE              what the program said last (its error and hint lines)
 //	                            is FILE, in which $VARIABLES are replaced
 func Scripts(dir string) testscript.Params {
@@ -47,6 +49,7 @@ func Scripts(dir string) testscript.Params {
 			"hold":      holdCommand,
 			"release":   releaseCommand,
 			"server":    serverCommand,
+			"pooler":    poolerCommand,
 			"ends-with": endsWithCommand,
 		},
 	}
@@ -55,6 +58,7 @@ func Scripts(dir string) testscript.Params {
 type script struct {
 	tb     testing.TB
 	server *Server
+	pooler *Pooler
 	db     *Database
 	held   *pgx.Conn
 }
@@ -69,7 +73,7 @@ func setUpScript(env *testscript.Env) error {
 	s.db = s.server.Database()
 	env.Values[scriptKey{}] = s
 	for file, password := range map[string]string{
-		"owner-password": s.db.OwnerPassword.Reveal(), "stepca-password": s.db.RuntimePassword.Reveal(),
+		"owner-password": s.db.OwnerPassword.Reveal(), "stepca-password": s.db.RuntimePassword.Reveal(), "reports-password": s.db.ReportsPassword.Reveal(),
 	} {
 		if err := os.WriteFile(filepath.Join(env.WorkDir, file), []byte(password), 0o600); err != nil {
 			return err
@@ -77,9 +81,11 @@ func setUpScript(env *testscript.Env) error {
 	}
 	for name, value := range map[string]string{
 		"POSTGRES_HOST": s.db.Host, "POSTGRES_PORT": strconv.Itoa(int(s.db.Port)), "POSTGRES_SSLMODE": s.db.SSLMode,
+		"PGBOUNCER_HOST": s.db.PoolerHost, "PGBOUNCER_PORT": strconv.Itoa(int(s.db.PoolerPort)),
 		"POSTGRES_DB": s.db.Name, "POSTGRES_USER": s.db.Database.Owner,
 		"POSTGRES_PASSWORD_FILE":   filepath.Join(env.WorkDir, "owner-password"),
 		"STEP_CA_DB_PASSWORD_FILE": filepath.Join(env.WorkDir, "stepca-password"),
+		"REPORTS_DB_PASSWORD_FILE": filepath.Join(env.WorkDir, "reports-password"),
 		"MIGRATIONS":               Migrations(),
 	} {
 		env.Setenv(name, value)
@@ -172,6 +178,31 @@ func serverCommand(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
+func poolerCommand(ts *testscript.TestScript, neg bool, args []string) {
+	s := of(ts)
+	switch {
+	case !neg && len(args) > 0 && args[0] == "start":
+		to := s.db.Database
+		for _, setting := range args[1:] {
+			switch name, value, _ := strings.Cut(setting, "="); name {
+			case "POSTGRES_DB":
+				to.Name = value
+			case "POSTGRES_PORT":
+				port, err := strconv.ParseUint(value, 10, 16)
+				ts.Check(err)
+				to.Port = uint16(port)
+			default:
+				ts.Fatalf("pooler: unknown %q", setting)
+			}
+		}
+		s.pooler = s.db.poolerTo(s.tb, to, PoolerSizes, "")
+	case !neg && len(args) == 1 && args[0] == "stop":
+		s.pooler.Signal(s.tb, syscall.SIGTERM)
+	default:
+		ts.Fatalf("usage: pooler start [POSTGRES_DB=NAME] [POSTGRES_PORT=PORT] | pooler stop")
+	}
+}
+
 // endsWithCommand compares all that a program says after its log, so that one
 // line more is a difference too.
 func endsWithCommand(ts *testscript.TestScript, neg bool, args []string) {
@@ -210,4 +241,11 @@ func (s *Server) TLS(tb testing.TB) {
 	}
 	giveAway(tb, s.dir)
 	s.Restart(tb, "ssl=on")
+}
+
+// ServeTLS restarts the server with postgres.crt and postgres.key of dir.
+func (s *Server) ServeTLS(tb testing.TB, dir string) {
+	tb.Helper()
+	certificates := Readable(tb, dir)
+	s.Restart(tb, "ssl=on", "ssl_cert_file="+filepath.Join(certificates, "postgres.crt"), "ssl_key_file="+filepath.Join(certificates, "postgres.key"))
 }

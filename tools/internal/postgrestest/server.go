@@ -35,15 +35,18 @@ const (
 	// Every character that some layer between .env and the server might take for its own.
 	ownerPassword   config.Secret = `owner "$` + "`" + `\'#@%:*/ pass`
 	runtimePassword config.Secret = `stepca "$` + "`" + `\'#@%:*/?& pass`
+	reportsPassword config.Secret = `reports "$` + "`" + `\'#@%:*/?& pass`
 )
 
 // Server is a throw-away server on a loopback port of its own.
 type Server struct {
-	port     uint16
-	dir      string // PGDATA
-	settings []string
-	process  *exec.Cmd
-	exited   chan struct{}
+	port uint16
+	// Where a Pooler of its database listens.
+	poolerPort uint16
+	dir        string // PGDATA
+	settings   []string
+	process    *exec.Cmd
+	exited     chan struct{}
 }
 
 // Start makes a server and runs it for the length of the test.
@@ -60,7 +63,7 @@ func Start(tb testing.TB) *Server {
 	base, err := os.MkdirTemp("", "postgrestest-") //nolint:usetesting // see above
 	require.NoError(tb, err)
 	tb.Cleanup(func() { require.NoError(tb, os.RemoveAll(base)) })
-	s := &Server{port: freePort(tb), dir: filepath.Join(base, "data")}
+	s := &Server{port: freePort(tb), poolerPort: freePort(tb), dir: filepath.Join(base, "data")}
 	conf, err := os.ReadFile(stack("postgres", "postgresql.conf"))
 	require.NoError(tb, err)
 	require.NoError(tb, os.WriteFile(filepath.Join(base, "postgresql.conf"), conf, 0o600))

@@ -18,6 +18,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"strings"
 	"syscall"
@@ -63,6 +64,8 @@ func (e *StatusError) Error() string {
 type Client struct {
 	base  string
 	host  string
+	port  string
+	at    netip.Addr // of one replica; invalid: whichever answers
 	roots *x509.CertPool
 	http  *http.Client
 }
@@ -75,7 +78,10 @@ func New(rawURL string, roots ...*x509.Certificate) (*Client, error) {
 		u.User != nil || u.RawQuery != "" || u.Fragment != "" {
 		return nil, fmt.Errorf("reading the CA's address: %q is not of the form https://HOST:PORT", rawURL)
 	}
-	c := &Client{base: "https://" + u.Host, host: u.Hostname(), roots: x509.NewCertPool()}
+	c := &Client{base: "https://" + u.Host, host: u.Hostname(), port: u.Port(), roots: x509.NewCertPool()}
+	if c.port == "" {
+		c.port = "443"
+	}
 	for _, r := range roots {
 		c.roots.AddCert(r)
 	}
@@ -83,12 +89,36 @@ func New(rawURL string, roots ...*x509.Certificate) (*Client, error) {
 	return c, nil
 }
 
+// Replicas returns a client of each CA that the host's name stands for, by address. Each
+// has to prove itself as the host all the same.
+func (c *Client) Replicas(ctx context.Context) (map[netip.Addr]*Client, error) {
+	addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", c.host)
+	if err != nil {
+		return nil, fmt.Errorf("looking for the CA: %w: %w", ErrUnreachable, err)
+	}
+	replicas := map[netip.Addr]*Client{}
+	for _, addr := range addrs {
+		replica := *c
+		replica.at = addr.Unmap()
+		replica.http = replica.client()
+		replicas[replica.at] = &replica
+	}
+	return replicas, nil
+}
+
 // client makes an HTTP client that shows certs, if any, to the CA. No proxy is
 // asked: the CA judges by address who is calling.
 func (c *Client) client(certs ...tls.Certificate) *http.Client {
+	var dialer net.Dialer
 	return &http.Client{
 		Timeout: requestTimeout,
 		Transport: &http.Transport{
+			DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+				if c.at.IsValid() {
+					address = net.JoinHostPort(c.at.String(), c.port)
+				}
+				return dialer.DialContext(ctx, network, address)
+			},
 			TLSClientConfig:   &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: c.roots, Certificates: certs},
 			ForceAttemptHTTP2: true,
 			IdleConnTimeout:   requestTimeout,

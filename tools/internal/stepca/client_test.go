@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -56,6 +57,20 @@ func TestRealCA(t *testing.T) {
 		want, err := os.ReadFile(filepath.Join(ca.Certs, "ssh_host_ca_key.pub"))
 		require.NoError(t, err)
 		require.Equal(t, string(want), string(ssh.MarshalAuthorizedKey(keys.Host[0])))
+	})
+	t.Run("each replica behind its name proves itself under that name", func(t *testing.T) {
+		replicas, err := c.Replicas(t.Context())
+		require.NoError(t, err)
+		require.Len(t, replicas, 1)
+		for address, replica := range replicas {
+			require.True(t, address.IsLoopback())
+			require.NoError(t, replica.Health(t.Context()))
+			// A replica elsewhere is the one that is asked.
+			elsewhere := *replica
+			elsewhere.at = netip.MustParseAddr("127.66.0.1")
+			elsewhere.http = elsewhere.client()
+			require.ErrorIs(t, elsewhere.Health(t.Context()), ErrUnreachable)
+		}
 	})
 	t.Run("another root does not verify it", func(t *testing.T) {
 		stranger, err := New(ca.URL, other.Root)

@@ -165,14 +165,14 @@ func root2der(t *testing.T, data []byte) []byte {
 }
 
 // block makes a self-signed root, changed by change, in PEM.
-func block(t *testing.T, change func(*x509.Certificate)) []byte {
-	t.Helper()
-	key := newKey(t)
+func block(tb testing.TB, change func(*x509.Certificate)) []byte {
+	tb.Helper()
+	key := newKey(tb)
 	c := template("Root")
 	if change != nil {
 		change(c)
 	}
-	return sign(t, c, c, key, key)
+	return sign(tb, c, c, key, key)
 }
 
 func intermediate(t *testing.T) []byte {
@@ -188,16 +188,16 @@ func template(name string) *x509.Certificate {
 	}
 }
 
-func newKey(t *testing.T) *ecdsa.PrivateKey {
-	t.Helper()
+func newKey(tb testing.TB) *ecdsa.PrivateKey {
+	tb.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	require.NoError(t, err)
+	require.NoError(tb, err)
 	return key
 }
 
-func sign(t *testing.T, c, issuer *x509.Certificate, key, issuerKey *ecdsa.PrivateKey) []byte {
-	t.Helper()
+func sign(tb testing.TB, c, issuer *x509.Certificate, key, issuerKey *ecdsa.PrivateKey) []byte {
+	tb.Helper()
 	der, err := x509.CreateCertificate(rand.Reader, c, issuer, key.Public(), issuerKey)
-	require.NoError(t, err)
+	require.NoError(tb, err)
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 }

@@ -274,8 +274,15 @@ type Container struct {
 	HostConfig   struct{ NetworkMode string }
 }
 
-// Service is the name in the compose file.
-func (c Container) Service() string { return c.Config.Labels["com.docker.compose.service"] }
+// Service is the name in the compose file, with the number of the replica behind it
+// from the second on: "step-ca", "step-ca/2".
+func (c Container) Service() string {
+	name := c.Config.Labels["com.docker.compose.service"]
+	if number := c.Config.Labels["com.docker.compose.container-number"]; number != "1" {
+		name += "/" + number
+	}
+	return name
+}
 
 // Ran tells whether the container was ever started.
 func (c Container) Ran() bool { return c.State.StartedAt.Year() > 1 }

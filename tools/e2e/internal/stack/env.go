@@ -22,6 +22,7 @@ type Settings map[string]string
 // Secrets are the settings that nobody may learn.
 var Secrets = []string{
 	"CA_PASSWORD", "ROOT_CA_PASSWORD", "PROVISIONER_PASSWORD", "SSH_HOST_PROVISIONER_PASSWORD", "POSTGRES_PASSWORD", "STEP_CA_DB_PASSWORD",
+	"REPORTS_DB_PASSWORD",
 }
 
 // Every character that a shell, Compose, JSON, a URL, SQL or a passfile might take
@@ -35,7 +36,7 @@ func passwords() Settings {
 		if i%2 == 1 {
 			s[name] = strings.Replace(s[name], `'\`, `\'`, 1)
 		}
-		if name == "POSTGRES_PASSWORD" || name == "STEP_CA_DB_PASSWORD" {
+		if strings.HasSuffix(name, "_DB_PASSWORD") || name == "POSTGRES_PASSWORD" {
 			// Beyond printable ASCII is refused: SCRAM may normalise it.
 			s[name] = strings.NewReplacer("é", "", "✓ ", "").Replace(s[name])
 		}
