@@ -336,4 +336,3 @@ func Names(leaf *x509.Certificate) []string {
 	}
 	return names
 }
-

@@ -88,8 +88,12 @@ func TestSSH(t *testing.T) {
 	for name, key := range all {
 		t.Run(name, func(t *testing.T) {
 			for what, do := range map[string]func() (*ssh.Certificate, error){
-				"rekeying":                            func() (*ssh.Certificate, error) { return ca.SSHRekey(t.Context(), first, all["ed25519"], public(t, key)) },
-				"again, since the old one stays good": func() (*ssh.Certificate, error) { return ca.SSHRekey(t.Context(), first, all["ed25519"], public(t, key)) },
+				"rekeying": func() (*ssh.Certificate, error) {
+					return ca.SSHRekey(t.Context(), first, all["ed25519"], public(t, key))
+				},
+				"again, since the old one stays good": func() (*ssh.Certificate, error) {
+					return ca.SSHRekey(t.Context(), first, all["ed25519"], public(t, key))
+				},
 			} {
 				cert, err := do()
 				require.NoError(t, err, what)
