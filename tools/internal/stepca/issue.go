@@ -158,30 +158,34 @@ func (c *Client) obtain(ctx context.Context, client *http.Client, path, name str
 		}
 		cert.Chain = append(cert.Chain, x)
 	}
-	if err := c.verify(cert, name); err != nil {
+	if err := c.Verify(cert.Chain, key.Public(), name); err != nil {
 		return nil, fmt.Errorf("verifying the certificate from %q: %w", c.base+path, err)
 	}
 	return cert, nil
 }
 
-// verify holds a certificate against the roots, its name, its key and its purposes.
-func (c *Client) verify(cert *Certificate, name string) error {
-	if len(cert.Chain) == 0 {
+// Verify holds a chain, leaf first, against the roots, the names that it was asked
+// for (DNS names and addresses), its key and its purposes.
+func (c *Client) Verify(chain []*x509.Certificate, key crypto.PublicKey, names ...string) error {
+	if len(chain) == 0 {
 		return errors.New("there is none in the answer")
 	}
-	leaf, intermediates := cert.Leaf(), x509.NewCertPool()
-	for _, x := range cert.Chain[1:] {
+	leaf, intermediates := chain[0], x509.NewCertPool()
+	for _, x := range chain[1:] {
 		intermediates.AddCert(x)
 	}
 	for _, usage := range []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth} {
-		_, err := leaf.Verify(x509.VerifyOptions{
-			DNSName: name, Roots: c.roots, Intermediates: intermediates, KeyUsages: []x509.ExtKeyUsage{usage},
-		})
+		_, err := leaf.Verify(x509.VerifyOptions{Roots: c.roots, Intermediates: intermediates, KeyUsages: []x509.ExtKeyUsage{usage}})
 		if err != nil {
 			return err
 		}
 	}
-	pub, ok := cert.key.Public().(interface{ Equal(crypto.PublicKey) bool })
+	for _, name := range names {
+		if err := leaf.VerifyHostname(name); err != nil {
+			return err
+		}
+	}
+	pub, ok := key.(interface{ Equal(crypto.PublicKey) bool })
 	switch {
 	case !ok || !pub.Equal(leaf.PublicKey):
 		return errors.New("it is for another key")
