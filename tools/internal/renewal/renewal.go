@@ -34,10 +34,10 @@ const reloadTimeout = time.Minute
 // Renewal is a run.
 type Renewal struct {
 	Pairs     []Pair
-	Scheduled bool                            // Pairs is all that the host has: the run counts as one of the schedule
-	CA        func() (*enrol.Client, error)   // called once something is due
-	SSHD      func(ctx context.Context) error // makes sshd read its keys and certificates
-	Dir       string                          // of the results
+	Scheduled bool                                                      // Pairs is all that the host has: the run counts as one of the schedule
+	CA        func() (*enrol.Client, error)                             // called once something is due
+	SSHD      func(ctx context.Context, certs []*ssh.Certificate) error // makes sshd offer these certificates
+	Dir       string                                                    // of the results
 	Now       func() time.Time
 	Rekey     bool // with a new key
 	Force     bool // whether it is due or not
@@ -145,6 +145,7 @@ func (r *Renewal) renew(ctx context.Context, p Pair) error {
 		r.Log.LogAttrs(ctx, slog.LevelInfo, "would be renewed", attrs...)
 		return nil
 	}
+	r.Log.LogAttrs(ctx, slog.LevelInfo, "renewing", attrs...)
 	next, err := r.ask(ctx, p, c)
 	if err != nil {
 		return fmt.Errorf("renewing %q, which is good until %s: %w", p.Cert, c.Until.UTC().Format(time.RFC3339), err)
@@ -235,11 +236,7 @@ func (r *Renewal) reload(ctx context.Context) []error {
 			r.Log.LogAttrs(ctx, slog.LevelInfo, "would be reloaded", slog.String("reload", name))
 			continue
 		}
-		tell := r.SSHD
-		if command != "" {
-			tell = func(ctx context.Context) error { return shell(ctx, command) }
-		}
-		if err := tell(ctx); err != nil {
+		if err := r.tell(ctx, command, waiting[command]); err != nil {
 			problems = append(problems, err)
 			for _, p := range waiting[command] {
 				r.failed(p, err)
@@ -252,6 +249,22 @@ func (r *Renewal) reload(ctx context.Context) []error {
 		}
 	}
 	return problems
+}
+
+// tell runs a reload command, or has sshd take the certificates.
+func (r *Renewal) tell(ctx context.Context, command string, pairs []Pair) error {
+	if command != "" {
+		return shell(ctx, command)
+	}
+	var certs []*ssh.Certificate
+	for _, p := range pairs {
+		c, err := p.Read()
+		if err != nil {
+			return err
+		}
+		certs = append(certs, c.ssh)
+	}
+	return r.SSHD(ctx, certs)
 }
 
 // shell runs a reload command.

@@ -103,7 +103,7 @@ func newMachine(t *testing.T, key crypto.Signer) *machine {
 	m.Renewal = &Renewal{
 		Pairs: []Pair{m.ssh, m.tls}, Scheduled: true, Dir: filepath.Join(dir, "state"), Now: time.Now,
 		CA:   func() (*enrol.Client, error) { return authority.client, nil },
-		SSHD: func(context.Context) error { m.sshd++; return nil },
+		SSHD: func(context.Context, []*ssh.Certificate) error { m.sshd++; return nil },
 		Log:  slog.New(slog.NewTextHandler(&m.said, nil)),
 	}
 	return m
