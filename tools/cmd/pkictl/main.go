@@ -37,10 +37,13 @@ var commands = map[string]command{
 	"backup store":    backupStore,
 	"backup verify":   backupVerify,
 	"env":             env,
+	"join":            join,
+	"leave":           leave,
 	"probe":           probe,
 	"provisioners":    provisioners,
 	"restore":         restore,
 	"revoke":          revoke,
+	"token":           token,
 }
 
 func main() { oneshot.Main("pkictl", run) }
