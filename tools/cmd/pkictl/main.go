@@ -39,6 +39,7 @@ var commands = map[string]command{
 	"env":             env,
 	"probe":           probe,
 	"provisioners":    provisioners,
+	"renew":           renew,
 	"restore":         restore,
 	"revoke":          revoke,
 }

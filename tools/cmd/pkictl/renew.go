@@ -116,7 +116,7 @@ func (r *renewer) run(ctx context.Context, log *slog.Logger) error {
 			}
 			return enrol.New(record.CAURL, roots.Roots()...)
 		}),
-		SSHD: func(ctx context.Context, certs []*ssh.Certificate) error { return reloadSSHD(ctx, record, certs) },
+		SSHD: func(ctx context.Context, certs []*ssh.Certificate) error { return reloadSSHD(ctx, certs, log) },
 	}
 	if r.pair.Cert != "" {
 		r.pair.Kind = renewal.TLS
@@ -148,11 +148,15 @@ type warnings struct{ slog.Handler }
 
 func (w warnings) Enabled(_ context.Context, level slog.Level) bool { return level >= slog.LevelWarn }
 
-func reloadSSHD(ctx context.Context, record host.Record, certs []*ssh.Certificate) error {
+func reloadSSHD(ctx context.Context, certs []*ssh.Certificate, log *slog.Logger) error {
 	var server sshd.Server
 	effective, err := server.Effective(ctx)
 	if err != nil {
 		return err
+	}
+	if !effective.Runs(ctx) {
+		log.LogAttrs(ctx, slog.LevelWarn, "sshd does not run; it reads the certificates when it starts", slog.String("address", effective.Address()))
+		return nil
 	}
 	return server.Reload(ctx, effective, certs...)
 }
