@@ -42,6 +42,7 @@ var commands = map[string]command{
 	"renew":           renew,
 	"restore":         restore,
 	"revoke":          revoke,
+	"status":          status,
 }
 
 func main() { oneshot.Main("pkictl", run) }

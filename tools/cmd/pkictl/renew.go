@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"math/rand/v2"
+	"net/http"
 	"sync"
 	"time"
 
@@ -172,25 +173,32 @@ func explainRecord(err error) error {
 }
 
 func explainRenewal(err error, record host.Record) error {
-	const again = "; it is tried again every 15 minutes"
-	var status *stepca.StatusError
 	if errors.Is(err, renewal.ErrExpired) {
 		err = oneshot.WithHint(err, `the CA renews no certificate that has expired: "pkictl token" on the CA host prints a new "pkictl join" for this host; `+
 			`if the time above is wrong, set this host's clock`)
 	}
+	var status *stepca.StatusError
+	if errors.As(err, &status) && status.Code < http.StatusInternalServerError {
+		return oneshot.WithHint(err, `the CA refuses to renew it, for one that was revoked for example: "pkictl token" on the CA host prints a new "pkictl join"`)
+	}
+	if errors.Is(err, fs.ErrPermission) {
+		return oneshot.WithHint(err, "run it as root")
+	}
+	return explainCA(err, record.CAURL)
+}
+
+// explainCA adds the way out for a host that does not get on with its CA.
+func explainCA(err error, url string) error {
+	var status *stepca.StatusError
 	switch {
 	case errors.Is(err, stepca.ErrClosed):
-		return oneshot.WithHint(err, `the CA at %s closes connections from this host's address: ALLOWED_IPS in its .env must have it`+again, record.CAURL)
+		return oneshot.WithHint(err, `the CA closes connections from this host's address: ALLOWED_IPS in its .env must have it ("docker compose logs caddy" there shows it)`)
 	case errors.Is(err, stepca.ErrUnreachable):
-		return oneshot.WithHint(err, `nothing answers at %s: "make status" on the CA host tells what runs there`+again, record.CAURL)
+		return oneshot.WithHint(err, `nothing answers at %s: "make status" on the CA host tells what runs there; renewal is tried again every 15 minutes`, url)
 	case errors.Is(err, stepca.ErrUntrusted):
-		return oneshot.WithHint(err, "what answers at %s is not the CA that this host joined, or this host's clock is wrong", record.CAURL)
-	case errors.As(err, &status) && status.Code >= 500:
-		return oneshot.WithHint(err, `the CA runs and cannot do its work: "make status" on the CA host`+again)
+		return oneshot.WithHint(err, "what answers at %s is not the CA that this host joined, or this host's clock is wrong", url)
 	case errors.As(err, &status):
-		return oneshot.WithHint(err, `the CA refuses to renew it, for one that was revoked for example: "pkictl token" on the CA host prints a new "pkictl join"`)
-	case errors.Is(err, fs.ErrPermission):
-		return oneshot.WithHint(err, "run it as root")
+		return oneshot.WithHint(err, `the CA runs and cannot do its work: "make status" on the CA host tells why`)
 	}
 	return err
 }
