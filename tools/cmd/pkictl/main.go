@@ -41,8 +41,10 @@ var commands = map[string]command{
 	"leave":           leave,
 	"probe":           probe,
 	"provisioners":    provisioners,
+	"renew":           renew,
 	"restore":         restore,
 	"revoke":          revoke,
+	"status":          status,
 	"token":           token,
 }
 

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"math/rand/v2"
+	"net/http"
 	"sync"
 	"time"
 
@@ -116,7 +117,7 @@ func (r *renewer) run(ctx context.Context, log *slog.Logger) error {
 			}
 			return enrol.New(record.CAURL, roots.Roots()...)
 		}),
-		SSHD: func(ctx context.Context, certs []*ssh.Certificate) error { return reloadSSHD(ctx, record, certs) },
+		SSHD: func(ctx context.Context, certs []*ssh.Certificate) error { return reloadSSHD(ctx, sshd.Server{Config: record.SSH.Config}, certs, log) },
 	}
 	if r.pair.Cert != "" {
 		r.pair.Kind = renewal.TLS
@@ -148,11 +149,14 @@ type warnings struct{ slog.Handler }
 
 func (w warnings) Enabled(_ context.Context, level slog.Level) bool { return level >= slog.LevelWarn }
 
-func reloadSSHD(ctx context.Context, record host.Record, certs []*ssh.Certificate) error {
-	var server sshd.Server
+func reloadSSHD(ctx context.Context, server sshd.Server, certs []*ssh.Certificate, log *slog.Logger) error {
 	effective, err := server.Effective(ctx)
 	if err != nil {
 		return err
+	}
+	if !effective.Runs(ctx) {
+		log.LogAttrs(ctx, slog.LevelWarn, "sshd does not run; it reads the certificates when it starts", slog.String("address", effective.Address()))
+		return nil
 	}
 	return server.Reload(ctx, effective, certs...)
 }
@@ -168,25 +172,32 @@ func explainRecord(err error) error {
 }
 
 func explainRenewal(err error, record host.Record) error {
-	const again = "; it is tried again every 15 minutes"
-	var status *stepca.StatusError
 	if errors.Is(err, renewal.ErrExpired) {
 		err = oneshot.WithHint(err, `the CA renews no certificate that has expired: "pkictl token" on the CA host prints a new "pkictl join" for this host; `+
 			`if the time above is wrong, set this host's clock`)
 	}
+	var status *stepca.StatusError
+	if errors.As(err, &status) && status.Code < http.StatusInternalServerError {
+		return oneshot.WithHint(err, `the CA refuses to renew it, for one that was revoked for example: "pkictl token" on the CA host prints a new "pkictl join"`)
+	}
+	if errors.Is(err, fs.ErrPermission) {
+		return oneshot.WithHint(err, "run it as root")
+	}
+	return explainCA(err, record.CAURL)
+}
+
+// explainCA adds the way out for a host that does not get on with its CA.
+func explainCA(err error, url string) error {
+	var status *stepca.StatusError
 	switch {
 	case errors.Is(err, stepca.ErrClosed):
-		return oneshot.WithHint(err, `the CA at %s closes connections from this host's address: ALLOWED_IPS in its .env must have it`+again, record.CAURL)
+		return oneshot.WithHint(err, `the CA closes connections from this host's address: ALLOWED_IPS in its .env must have it ("docker compose logs caddy" there shows it)`)
 	case errors.Is(err, stepca.ErrUnreachable):
-		return oneshot.WithHint(err, `nothing answers at %s: "make status" on the CA host tells what runs there`+again, record.CAURL)
+		return oneshot.WithHint(err, `nothing answers at %s: "make status" on the CA host tells what runs there; renewal is tried again every 15 minutes`, url)
 	case errors.Is(err, stepca.ErrUntrusted):
-		return oneshot.WithHint(err, "what answers at %s is not the CA that this host joined, or this host's clock is wrong", record.CAURL)
-	case errors.As(err, &status) && status.Code >= 500:
-		return oneshot.WithHint(err, `the CA runs and cannot do its work: "make status" on the CA host`+again)
+		return oneshot.WithHint(err, "what answers at %s is not the CA that this host joined, or this host's clock is wrong", url)
 	case errors.As(err, &status):
-		return oneshot.WithHint(err, `the CA refuses to renew it, for one that was revoked for example: "pkictl token" on the CA host prints a new "pkictl join"`)
-	case errors.Is(err, fs.ErrPermission):
-		return oneshot.WithHint(err, "run it as root")
+		return oneshot.WithHint(err, `the CA runs and cannot do its work: "make status" on the CA host tells why`)
 	}
 	return err
 }

@@ -285,11 +285,8 @@ func (e Effective) Offers(ctx context.Context, cert *ssh.Certificate) bool {
 }
 
 // Reload has a running sshd read its configuration and certificates, and returns
-// when it offers these. One that does not run reads them when it starts.
+// when it offers these.
 func (s Server) Reload(ctx context.Context, e Effective, certs ...*ssh.Certificate) error {
-	if !e.Runs(ctx) {
-		return nil
-	}
 	if err := s.hangUp(ctx, e); err != nil {
 		return fmt.Errorf("reloading sshd: %w", err)
 	}
