@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"flag"
@@ -106,8 +107,9 @@ type joiner struct {
 	ca                         *enrol.Client
 	roots                      trustbundle.Bundle
 	ssh                        *sshJoin
-	undo                       []func() error // what puts back what this run did so far, in its order
-	kept                       bool
+	undo                       []func(context.Context) error // what puts back what this run did so far, in its order
+	kept                       bool                          // what was done stays, whatever happens next
+	saved                      []byte                        // the record, as this run wrote it
 	changed                    bool
 }
 
@@ -125,8 +127,11 @@ func (j *joiner) run(ctx context.Context, log *slog.Logger) error {
 	}
 	if err := j.apply(ctx); err != nil {
 		err = j.explain(err)
+		if j.kept {
+			return oneshot.WithHint(err, `what the tokens brought is kept: the same command goes on from there without them, "pkictl leave" takes it away`)
+		}
 		for _, back := range slices.Backward(j.undo) {
-			err = errors.Join(err, back())
+			err = errors.Join(err, back(context.WithoutCancel(ctx)))
 		}
 		return err
 	}
@@ -278,7 +283,7 @@ func (j *joiner) apply(ctx context.Context) error {
 		if err := os.MkdirAll(j.dir, 0o755); err != nil { //nolint:gosec // G301: nothing in it is secret but keys, which are 0600
 			return fmt.Errorf("making the host's directory: %w", err)
 		}
-		j.undoes(func() error { return os.Remove(j.dir) })
+		j.undoes(func(context.Context) error { return os.Remove(j.dir) })
 	}
 	if err := j.save(ctx); err != nil {
 		return err
@@ -321,7 +326,7 @@ func (j *joiner) trust(ctx context.Context) error {
 		return nil
 	}
 	if !j.before.Trust {
-		j.undoes(func() error { return anchor.Uninstall(ctx, j.fingerprint, j.log, joinStores...) })
+		j.undoes(func(ctx context.Context) error { return anchor.Uninstall(ctx, j.fingerprint, j.log, joinStores...) })
 	}
 	if err := anchor.Install(ctx, j.roots.Current(), j.log, joinStores...); err != nil {
 		return oneshot.WithHint(fmt.Errorf("making this machine trust the CA: %w", err), "--no-trust leaves it out")
@@ -329,11 +334,13 @@ func (j *joiner) trust(ctx context.Context) error {
 	return nil
 }
 
+// save writes the record, unless this run has written it so.
 func (j *joiner) save(ctx context.Context) error {
 	data, err := j.record.Encode()
-	if err != nil {
+	if err != nil || bytes.Equal(data, j.saved) {
 		return err
 	}
+	j.saved = data
 	return j.put(ctx, host.Path(j.dir), data, 0o644)
 }
 
@@ -345,9 +352,9 @@ func (j *joiner) put(ctx context.Context, path string, data []byte, mode os.File
 	}
 	if outcome != durable.Unchanged && !j.dryRun {
 		old, err := os.ReadFile(path)
-		back := func() error { return remove(path) }
+		back := func(context.Context) error { return remove(path) }
 		if err == nil {
-			back = func() error { _, err := durable.WriteIfChanged(path, old, mode); return err }
+			back = func(context.Context) error { _, err := durable.WriteIfChanged(path, old, mode); return err }
 		}
 		if _, err := durable.WriteIfChanged(path, data, mode); err != nil {
 			return err
@@ -359,7 +366,7 @@ func (j *joiner) put(ctx context.Context, path string, data []byte, mode os.File
 }
 
 // undoes notes how to put something back.
-func (j *joiner) undoes(back func() error) {
+func (j *joiner) undoes(back func(context.Context) error) {
 	if !j.kept {
 		j.undo = append(j.undo, back)
 	}
@@ -609,12 +616,13 @@ func (j *joiner) offer(ctx context.Context) error {
 			return nil
 		}
 	}
+	ctx = context.WithoutCancel(ctx)
 	err = errors.Join(err, remove(j.record.SSH.DropIn))
 	// It ends if it is to read a configuration that it refuses.
 	if reloaded && j.server.Test(ctx) == nil {
 		err = errors.Join(err, j.server.Reload(ctx, s.Effective))
 	}
-	return oneshot.WithHint(err, `%q was taken away again. The certificates stay: once sshd is repaired, the same command needs no token; "pkictl leave" removes them`, j.record.SSH.DropIn)
+	return oneshot.WithHint(err, "%q was taken away again", j.record.SSH.DropIn)
 }
 
 // remove removes a file and what killed writers left beside it.
