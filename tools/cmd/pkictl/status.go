@@ -66,7 +66,7 @@ type statusReader struct {
 // hostStatus is the status for machines. Names of fields stay.
 type hostStatus struct {
 	Well         bool                `json:"well"`
-	CA           *caStatus           `json:"ca,omitempty"` // none before the host has joined
+	CA           *membership         `json:"ca,omitempty"` // none before the host has joined
 	Certificates []certificateStatus `json:"certificates"`
 	SSHD         *sshdStatus         `json:"sshd,omitempty"` // of a host with SSH certificates
 	Schedule     *schedule.State     `json:"schedule,omitempty"`
@@ -74,7 +74,7 @@ type hostStatus struct {
 	Problems     problems            `json:"problems"`
 }
 
-type caStatus struct {
+type membership struct {
 	URL         string `json:"url"`
 	Answers     bool   `json:"answers"`
 	Fingerprint string `json:"fingerprint"`
@@ -149,7 +149,7 @@ func (s *statusReader) read(ctx context.Context, now time.Time) hostStatus {
 }
 
 func (st *hostStatus) ca(ctx context.Context, dir string, record host.Record, now time.Time) {
-	st.CA = &caStatus{URL: record.CAURL, Fingerprint: record.Fingerprint}
+	st.CA = &membership{URL: record.CAURL, Fingerprint: record.Fingerprint}
 	roots, err := trustbundle.Read(host.Root(dir), now)
 	if err != nil {
 		st.Problems.err(oneshot.WithHint(err, `"pkictl join" with a new token fetches the CA's roots`))
