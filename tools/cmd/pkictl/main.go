@@ -38,12 +38,15 @@ var commands = map[string]command{
 	"backup verify":   backupVerify,
 	"ca status":       caStatus,
 	"env":             env,
+	"join":            join,
+	"leave":           leave,
 	"probe":           probe,
 	"provisioners":    provisioners,
 	"renew":           renew,
 	"restore":         restore,
 	"revoke":          revoke,
 	"status":          status,
+	"token":           token,
 }
 
 func main() { oneshot.Main("pkictl", run) }

@@ -117,7 +117,7 @@ func (r *renewer) run(ctx context.Context, log *slog.Logger) error {
 			}
 			return enrol.New(record.CAURL, roots.Roots()...)
 		}),
-		SSHD: func(ctx context.Context, certs []*ssh.Certificate) error { return reloadSSHD(ctx, certs, log) },
+		SSHD: func(ctx context.Context, certs []*ssh.Certificate) error { return reloadSSHD(ctx, sshd.Server{Config: record.SSH.Config}, certs, log) },
 	}
 	if r.pair.Cert != "" {
 		r.pair.Kind = renewal.TLS
@@ -149,8 +149,7 @@ type warnings struct{ slog.Handler }
 
 func (w warnings) Enabled(_ context.Context, level slog.Level) bool { return level >= slog.LevelWarn }
 
-func reloadSSHD(ctx context.Context, certs []*ssh.Certificate, log *slog.Logger) error {
-	var server sshd.Server
+func reloadSSHD(ctx context.Context, server sshd.Server, certs []*ssh.Certificate, log *slog.Logger) error {
 	effective, err := server.Effective(ctx)
 	if err != nil {
 		return err

@@ -66,7 +66,13 @@ func TestScripts(t *testing.T) {
 			return os.WriteFile(filepath.Join(env.WorkDir, "password"), []byte(stepcatest.Password), 0o600)
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"ca": startCA, "closer": startCloser, "stat": stat, "secrets": secrets, "host": joined,
+			"ca": startCA, "closer": startCloser, "stat": stat, "secrets": secrets, "host": joined, "sshd": startSSHD, "stale": stale,
+		},
+		Condition: func(name string) (bool, error) {
+			if name != "sshd" {
+				return false, fmt.Errorf("unknown condition %q", name)
+			}
+			return haveSSHD()
 		},
 	})
 }
@@ -86,8 +92,8 @@ func TestScriptsWithDatabase(t *testing.T) {
 // startCA NAME [SWITCH...]: an authority in $WORK/NAME whose address is $NAME, with
 // its configuration in $WORK/NAME/ca.json. Switches: eab for an ACME provisioner
 // that demands a binding, oidc for one whose provider is away, enroller for a JWK
-// provisioner ssh-host-jwk, brief for certificates that are good for seconds (without
-// ca.json). In a script with a database the authority works on it
+// provisioner ssh-host-jwk, ssh for all of SSH, brief for certificates that are good for
+// seconds (without ca.json). In a script with a database the authority works on it
 // and signs for SSH.
 func startCA(ts *testscript.TestScript, _ bool, args []string) {
 	dir := ts.MkAbs(args[0])
@@ -112,6 +118,12 @@ func startCA(ts *testscript.TestScript, _ bool, args []string) {
 			jwk, err := stepcatest.JWK("ssh-host-jwk")
 			ts.Check(err)
 			o.Provisioners = append(o.Provisioners, jwk)
+		case "ssh":
+			jwk, err := stepcatest.JWK("ssh-host-jwk")
+			ts.Check(err)
+			o.SSH = true
+			jwk.Claims = &provisioner.Claims{EnableSSHCA: &o.SSH}
+			o.Provisioners = append(o.Provisioners, jwk, stepcatest.SSHPOP())
 		default:
 			ts.Fatalf("ca: unknown switch %q", name)
 		}

@@ -208,7 +208,7 @@ func (st *hostStatus) certificate(p renewal.Pair, result renewal.Result, now tim
 
 func (st *hostStatus) sshd(ctx context.Context, dir string, record host.SSH, certs []*ssh.Certificate) {
 	st.SSHD = &sshdStatus{DropIn: record.DropIn}
-	effective, err := sshd.Server{}.Effective(ctx)
+	effective, err := sshd.Server{Config: record.Config}.Effective(ctx)
 	if err != nil {
 		st.Problems.err(err)
 		return

@@ -70,16 +70,22 @@ func New(url string, roots ...*x509.Certificate) (*Client, error) {
 	return &Client{base: base, ca: client, verify: verify}, nil
 }
 
-// SSHUserCAs returns the keys that sign user certificates, for sshd's TrustedUserCAKeys.
-func (c *Client) SSHUserCAs(ctx context.Context) ([]ssh.PublicKey, error) {
+// SSHKeys returns the keys with which the CA signs host and user certificates.
+func (c *Client) SSHKeys(ctx context.Context) (stepca.SSHKeys, error) {
 	keys, err := c.verify.SSHRoots(ctx)
 	if err != nil {
-		return nil, err
+		return keys, err
 	}
-	if len(keys.User) == 0 {
-		return nil, fmt.Errorf("asking %q: %w", c.base+"/ssh/roots", ErrNoSSH)
+	if len(keys.User) == 0 || len(keys.Host) == 0 {
+		return keys, fmt.Errorf("asking %q: %w", c.base+"/ssh/roots", ErrNoSSH)
 	}
-	return keys.User, nil
+	return keys, nil
+}
+
+// VerifyTLS holds a chain, leaf first, against the CA's roots, the names that it must
+// have, and its key.
+func (c *Client) VerifyTLS(chain []*x509.Certificate, key crypto.PublicKey, names []string) error {
+	return c.verify.Verify(chain, key, names...)
 }
 
 // SSHSign asks, with a one-time token, for a host certificate of key with these

@@ -129,10 +129,11 @@ func TestSSH(t *testing.T) {
 		require.Equal(t, ca.base+"/ssh/sign", status.URL)
 	})
 
-	t.Run("user CA keys", func(t *testing.T) {
-		users, err := ca.SSHUserCAs(t.Context())
+	t.Run("the CA's keys", func(t *testing.T) {
+		keys, err := ca.SSHKeys(t.Context())
 		require.NoError(t, err)
-		require.Len(t, users, 1)
+		require.Len(t, keys.User, 1)
+		require.Equal(t, keys.Host[0].Marshal(), first.SignatureKey.Marshal())
 	})
 }
 
@@ -215,7 +216,7 @@ func TestTLS(t *testing.T) {
 	require.ErrorAs(t, err, &status)
 	_, err = ca.TLSRenew(t.Context(), tls.Certificate{})
 	require.EqualError(t, err, "reading the certificate: it is not a pair of certificate and key")
-	_, err = ca.SSHUserCAs(t.Context())
+	_, err = ca.SSHKeys(t.Context())
 	require.ErrorIs(t, err, ErrNoSSH)
 }
 

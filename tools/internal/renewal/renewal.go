@@ -254,7 +254,7 @@ func (r *Renewal) reload(ctx context.Context) []error {
 // tell runs a reload command, or has sshd take the certificates.
 func (r *Renewal) tell(ctx context.Context, command string, pairs []Pair) error {
 	if command != "" {
-		return shell(ctx, command)
+		return Shell(ctx, command)
 	}
 	var certs []*ssh.Certificate
 	for _, p := range pairs {
@@ -267,8 +267,8 @@ func (r *Renewal) tell(ctx context.Context, command string, pairs []Pair) error 
 	return r.SSHD(ctx, certs)
 }
 
-// shell runs a reload command.
-func shell(ctx context.Context, command string) error {
+// Shell runs a reload command.
+func Shell(ctx context.Context, command string) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, reloadTimeout, fmt.Errorf("it took longer than %s", reloadTimeout))
 	defer cancel()
 	sh := exec.CommandContext(ctx, "sh", "-c", command)

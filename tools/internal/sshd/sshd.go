@@ -199,18 +199,30 @@ func (e Effective) Shows(certs []string, userCA string) bool {
 	return slices.Contains(e["trustedusercakeys"], userCA)
 }
 
+// Includes tests whether there is a place for the drop-in.
+func (s Server) Includes() error {
+	if info, err := os.Stat(s.dropInDir()); err != nil || !info.IsDir() {
+		return oneshot.WithHint(fmt.Errorf("looking for sshd's drop-in files: there is no directory %q", s.dropInDir()), "make it, and %s", s.include())
+	}
+	return nil
+}
+
+// include is what the operator has to do for the drop-in.
+func (s Server) include() string {
+	return fmt.Sprintf("put this line at the top of sshd_config, above everything else: Include %s", filepath.Join(s.dropInDir(), "*.conf"))
+}
+
 // Check is for after the drop-in was written: sshd takes it, and reads it.
 func (s Server) Check(ctx context.Context, certs []string, userCA string) error {
-	include := fmt.Sprintf("the first line of sshd_config has to be: Include %s", filepath.Join(s.dropInDir(), "*.conf"))
 	if err := s.Test(ctx); err != nil {
-		return oneshot.WithHint(fmt.Errorf("sshd does not take %q: %w", s.DropIn(), err), "%s", include)
+		return oneshot.WithHint(fmt.Errorf("sshd does not take %q: %w", s.DropIn(), err), "%s", s.include())
 	}
 	e, err := s.Effective(ctx)
 	if err != nil {
 		return err
 	}
 	if !e.Shows(certs, userCA) {
-		return oneshot.WithHint(fmt.Errorf("sshd does not read %q", s.DropIn()), "%s", include)
+		return oneshot.WithHint(fmt.Errorf("sshd does not read %q", s.DropIn()), "%s", s.include())
 	}
 	return nil
 }
@@ -273,7 +285,7 @@ func (e Effective) Offers(ctx context.Context, cert *ssh.Certificate) bool {
 }
 
 // Reload has a running sshd read its configuration and certificates, and returns
-// when it offers them.
+// when it offers these.
 func (s Server) Reload(ctx context.Context, e Effective, certs ...*ssh.Certificate) error {
 	if err := s.hangUp(ctx, e); err != nil {
 		return fmt.Errorf("reloading sshd: %w", err)
@@ -320,5 +332,9 @@ func (s Server) hangUp(ctx context.Context, e Effective) error {
 	if err != nil || !strings.HasPrefix(string(name), "sshd") {
 		return fmt.Errorf("the process %d of %q is not sshd", pid, file)
 	}
-	return syscall.Kill(pid, syscall.SIGHUP)
+	process, err := os.FindProcess(pid)
+	if err != nil {
+		return err
+	}
+	return process.Signal(syscall.SIGHUP)
 }
