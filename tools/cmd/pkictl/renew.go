@@ -117,7 +117,9 @@ func (r *renewer) run(ctx context.Context, log *slog.Logger) error {
 			}
 			return enrol.New(record.CAURL, roots.Roots()...)
 		}),
-		SSHD: func(ctx context.Context, certs []*ssh.Certificate) error { return reloadSSHD(ctx, sshd.Server{Config: record.SSH.Config}, certs, log) },
+		SSHD: func(ctx context.Context, certs []*ssh.Certificate) error {
+			return reloadSSHD(ctx, sshd.Server{Config: record.SSH.Config}, certs, log)
+		},
 	}
 	if r.pair.Cert != "" {
 		r.pair.Kind = renewal.TLS

@@ -15,6 +15,7 @@ import (
 	"go.step.sm/crypto/x509util"
 	"golang.org/x/crypto/ssh"
 
+	"github.com/infra-pki/infra-pki/tools/internal/anchor"
 	"github.com/infra-pki/infra-pki/tools/internal/enrol"
 	"github.com/infra-pki/infra-pki/tools/internal/host"
 	"github.com/infra-pki/infra-pki/tools/internal/oneshot"
@@ -162,6 +163,24 @@ func (st *hostStatus) ca(ctx context.Context, dir string, record host.Record, no
 		st.CA.Answers = err == nil
 		if err != nil {
 			st.Problems.err(explainCA(err, record.CAURL))
+		}
+	}
+	if !record.Trust {
+		return
+	}
+	for _, store := range anchor.Status(ctx, record.Fingerprint, anchor.System) {
+		trusted := store.State == anchor.Trusted
+		st.CA.Trusted = &trusted
+		if !trusted {
+			what := fmt.Sprintf("the system's trust store has the CA's root as: %s", store.State)
+			if store.Why != "" {
+				what += ": " + store.Why
+			}
+			do := store.Hint
+			if do == "" {
+				do = fmt.Sprintf("pkictl trust install --root %s", host.Root(dir))
+			}
+			st.Problems.add(what, do)
 		}
 	}
 }
