@@ -93,6 +93,13 @@ trust: ## put the trust anchors into ./trust
 	mkdir -p trust; docker cp "$$id:/trust/." trust/ >/dev/null; \
 	(cd trust && sha256sum --check --quiet SHA256SUMS); ls trust
 
+.PHONY: pkictl
+pkictl: images ## get the program for hosts into ./pkictl
+	@id=$$(docker create $(TOOLS_IMAGE) pkictl); trap 'docker rm "$$id" >/dev/null' EXIT; \
+	docker cp "$$id:/usr/local/bin/pkictl" pkictl >/dev/null
+	@echo 'Bring it to a host:  scp pkictl root@web.lan:/usr/local/bin/'
+	@echo 'and have that join:  docker compose run --rm -T pkictl token --name web.lan'
+
 BACKUP_DIR ?= backups
 ENV_FILE ?= .env
 AS_OPERATOR = docker run --rm --interactive --network none --user "$$(id -u):$$(id -g)"

@@ -84,7 +84,7 @@ var leastSecrets = map[string][]string{
 	"step-ca":      {"ca_password"},
 	"trust-export": nil,
 	"caddy":        nil,
-	"pkictl":       {"provisioner_password", "step_ca_db_password"},
+	"pkictl":       {"provisioner_password", "ssh_host_provisioner_password", "step_ca_db_password"},
 	"status":       {"reports_db_password"},
 	"probe":        {"provisioner_password"},
 	"backup":       {"postgres_password"},

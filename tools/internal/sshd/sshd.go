@@ -231,7 +231,8 @@ func (s Server) Check(ctx context.Context, certs []string, userCA string) error 
 func (e Effective) Address() string {
 	best := ""
 	for _, line := range e["listenaddress"] {
-		host, port, err := net.SplitHostPort(strings.Fields(line + " ")[0])
+		address, _, _ := strings.Cut(line, " ")
+		host, port, err := net.SplitHostPort(address)
 		if err != nil {
 			continue
 		}
