@@ -36,6 +36,7 @@ var commands = map[string]command{
 	"backup record":   backupRecord,
 	"backup store":    backupStore,
 	"backup verify":   backupVerify,
+	"ca status":       caStatus,
 	"env":             env,
 	"join":            join,
 	"leave":           leave,

@@ -23,6 +23,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -294,6 +295,19 @@ func TestEverySubcommandHelps(t *testing.T) {
 			require.Contains(t, cmd.usage, "\nExamples:\n  ")
 			require.Contains(t, help(), cmd.summary)
 		})
+	}
+}
+
+// What changes something has a dry run, or is one until it is told --apply.
+func TestEverySubcommandThatChangesSomethingHasADryRun(t *testing.T) {
+	changesNothing := []string{
+		"acme eab list", "backup verify", "ca status", "completion", "probe", "provisioners", "status", "token",
+		// Each makes one new file or row and replaces nothing; "make backup" and "make backup-key" are made of them.
+		"backup create", "backup keygen", "backup record", "backup store",
+	}
+	for name := range commands {
+		names, _ := flagsOf(name)
+		require.True(t, slices.Contains(changesNothing, name) || slices.Contains(names, "dry-run") || slices.Contains(names, "apply"), name)
 	}
 }
 

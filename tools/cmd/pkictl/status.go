@@ -15,6 +15,7 @@ import (
 	"go.step.sm/crypto/x509util"
 	"golang.org/x/crypto/ssh"
 
+	"github.com/infra-pki/infra-pki/tools/internal/anchor"
 	"github.com/infra-pki/infra-pki/tools/internal/enrol"
 	"github.com/infra-pki/infra-pki/tools/internal/host"
 	"github.com/infra-pki/infra-pki/tools/internal/oneshot"
@@ -66,7 +67,7 @@ type statusReader struct {
 // hostStatus is the status for machines. Names of fields stay.
 type hostStatus struct {
 	Well         bool                `json:"well"`
-	CA           *caStatus           `json:"ca,omitempty"` // none before the host has joined
+	CA           *membership         `json:"ca,omitempty"` // none before the host has joined
 	Certificates []certificateStatus `json:"certificates"`
 	SSHD         *sshdStatus         `json:"sshd,omitempty"` // of a host with SSH certificates
 	Schedule     *schedule.State     `json:"schedule,omitempty"`
@@ -74,7 +75,7 @@ type hostStatus struct {
 	Problems     problems            `json:"problems"`
 }
 
-type caStatus struct {
+type membership struct {
 	URL         string `json:"url"`
 	Answers     bool   `json:"answers"`
 	Fingerprint string `json:"fingerprint"`
@@ -149,7 +150,7 @@ func (s *statusReader) read(ctx context.Context, now time.Time) hostStatus {
 }
 
 func (st *hostStatus) ca(ctx context.Context, dir string, record host.Record, now time.Time) {
-	st.CA = &caStatus{URL: record.CAURL, Fingerprint: record.Fingerprint}
+	st.CA = &membership{URL: record.CAURL, Fingerprint: record.Fingerprint}
 	roots, err := trustbundle.Read(host.Root(dir), now)
 	if err != nil {
 		st.Problems.err(oneshot.WithHint(err, `"pkictl join" with a new token fetches the CA's roots`))
@@ -162,6 +163,24 @@ func (st *hostStatus) ca(ctx context.Context, dir string, record host.Record, no
 		st.CA.Answers = err == nil
 		if err != nil {
 			st.Problems.err(explainCA(err, record.CAURL))
+		}
+	}
+	if !record.Trust {
+		return
+	}
+	for _, store := range anchor.Status(ctx, record.Fingerprint, anchor.System) {
+		trusted := store.State == anchor.Trusted
+		st.CA.Trusted = &trusted
+		if !trusted {
+			what := fmt.Sprintf("the system's trust store has the CA's root as: %s", store.State)
+			if store.Why != "" {
+				what += ": " + store.Why
+			}
+			do := store.Hint
+			if do == "" {
+				do = fmt.Sprintf("pkictl trust install --root %s", host.Root(dir))
+			}
+			st.Problems.add(what, do)
 		}
 	}
 }
