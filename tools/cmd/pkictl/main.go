@@ -41,6 +41,9 @@ var commands = map[string]command{
 	"provisioners":    provisioners,
 	"restore":         restore,
 	"revoke":          revoke,
+	"trust install":   trustInstall,
+	"trust status":    trustStatus,
+	"trust uninstall": trustUninstall,
 }
 
 func main() { oneshot.Main("pkictl", run) }
