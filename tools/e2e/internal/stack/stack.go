@@ -151,7 +151,7 @@ func (s *Stack) Compose(args ...string) Result {
 func (s *Stack) Make(target string, variables ...string) Result {
 	s.t.Helper()
 	r, err := run(working, command{
-		args: append([]string{"make", "-C", Repository(), target, "COMPOSE=" + strings.Join(s.compose(), " ")}, variables...),
+		args: append([]string{"make", "--no-print-directory", "-C", Repository(), target, "COMPOSE=" + strings.Join(s.compose(), " ")}, variables...),
 		env:  s.env.process(),
 	})
 	require.NoError(s.t, err)
