@@ -84,7 +84,8 @@ var leastSecrets = map[string][]string{
 	"step-ca":      {"ca_password"},
 	"trust-export": nil,
 	"caddy":        nil,
-	"pkictl":       {"provisioner_password", "step_ca_db_password"},
+	"pkictl":       {"provisioner_password", "ssh_host_provisioner_password", "step_ca_db_password"},
+	"status":       {"reports_db_password"},
 	"probe":        {"provisioner_password"},
 	"backup":       {"postgres_password"},
 	"restore":      {"postgres_password"},
@@ -250,8 +251,8 @@ func TestContractOfNetworks(t *testing.T) {
 		slices.Sort(names)
 	}
 	require.Equal(t, map[string][]string{
-		"db":     {"backup", "db-migrate", "db-wait", "metrics-export", "pgbouncer", "pkictl", "postgres", "provisioner-init", "restore", "step-ca"},
-		"ca":     {"caddy", "metrics-export", "pkictl", "prometheus", "step-ca", "trust-export"},
+		"db":     {"backup", "db-migrate", "db-wait", "metrics-export", "pgbouncer", "pkictl", "postgres", "provisioner-init", "restore", "status", "step-ca"},
+		"ca":     {"caddy", "metrics-export", "pkictl", "prometheus", "status", "step-ca", "trust-export"},
 		"egress": {"provisioner-init", "step-ca"},
 		"edge":   {"caddy"},
 	}, members)

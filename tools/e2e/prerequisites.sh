@@ -24,6 +24,7 @@ needed=(
   keytool:default-jre-headless
   sha256sum:coreutils
   ssh-keygen:openssh-client
+  /usr/sbin/sshd:openssh-server
   shellcheck:shellcheck
   yamllint:yamllint
   /usr/lib/postgresql/15/bin/postgres:postgresql-15
@@ -56,6 +57,11 @@ failed() {
 if [[ " ${missing[*]} " == *" postgresql-15 "* && ! -e /etc/postgresql-common ]]; then
   mkdir -p /etc/postgresql-common/createcluster.d
   echo 'create_main_cluster = false' >/etc/postgresql-common/createcluster.d/infra-pki.conf
+fi
+# Nor does a machine get a server for logins because somebody runs tests on it.
+if [[ " ${missing[*]} " == *" openssh-server "* ]]; then
+  mkdir -p /etc/ssh
+  touch /etc/ssh/sshd_not_to_be_run
 fi
 # The package lists may be absent or old; asking for them costs time, so only then.
 bounded 300 apt-get -o DPkg::Lock::Timeout=60 install -y --no-install-recommends "${missing[@]}" || {
