@@ -17,6 +17,7 @@ have go || die "looking for the go command: not found" "install Go 1.21 or newer
 
 # command:package; a path where the command is not on PATH.
 needed=(
+  certutil:libnss3-tools
   git:git
   ip:iproute2
   openssl:openssl
