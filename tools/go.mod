@@ -13,6 +13,7 @@ require (
 	github.com/sirupsen/logrus v1.10.1
 	github.com/smallstep/certificates v0.30.2
 	github.com/smallstep/nosql v0.8.0
+	github.com/smallstep/truststore v0.13.0
 	github.com/stretchr/testify v1.12.1
 	go.step.sm/crypto v0.77.1
 	golang.org/x/crypto v0.54.0
@@ -113,4 +114,5 @@ require (
 	google.golang.org/grpc v1.79.3 // indirect
 	google.golang.org/grpc/cmd/protoc-gen-go-grpc v1.5.1 // indirect
 	google.golang.org/protobuf v1.36.11 // indirect
+	howett.net/plist v1.0.0 // indirect
 )

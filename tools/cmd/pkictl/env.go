@@ -15,7 +15,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 
 	"github.com/infra-pki/infra-pki/tools/internal/dotenv"
 	"github.com/infra-pki/infra-pki/tools/internal/durable"
@@ -245,18 +244,6 @@ func check(content []byte, before map[string]string, added []setting) error {
 		if value, ok := after[s.name]; !ok || isPlaceholder(value) {
 			return fmt.Errorf("%s would not be set", s.name)
 		}
-	}
-	return nil
-}
-
-// keepOwner gives a file that root has replaced back to its owner.
-func keepOwner(path string, before fs.FileInfo) error {
-	stat, ok := before.Sys().(*syscall.Stat_t)
-	if !ok || os.Getuid() != 0 {
-		return nil
-	}
-	if err := os.Lchown(path, int(stat.Uid), int(stat.Gid)); err != nil {
-		return fmt.Errorf("keeping the owner: %w", err)
 	}
 	return nil
 }

@@ -47,6 +47,9 @@ var commands = map[string]command{
 	"revoke":          revoke,
 	"status":          status,
 	"token":           token,
+	"trust install":   trustInstall,
+	"trust status":    trustStatus,
+	"trust uninstall": trustUninstall,
 }
 
 func main() { oneshot.Main("pkictl", run) }

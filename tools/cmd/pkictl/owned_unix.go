@@ -3,7 +3,9 @@
 package main
 
 import (
+	"fmt"
 	"io/fs"
+	"os"
 	"syscall"
 )
 
@@ -11,4 +13,16 @@ import (
 func owned(info fs.FileInfo, uid, gid int) bool {
 	stat, ok := info.Sys().(*syscall.Stat_t)
 	return ok && (uid < 0 || int(stat.Uid) == uid) && (gid < 0 || int(stat.Gid) == gid)
+}
+
+// keepOwner gives a file that root has replaced back to its owner.
+func keepOwner(path string, before fs.FileInfo) error {
+	stat, ok := before.Sys().(*syscall.Stat_t)
+	if !ok || os.Getuid() != 0 {
+		return nil
+	}
+	if err := os.Lchown(path, int(stat.Uid), int(stat.Gid)); err != nil {
+		return fmt.Errorf("keeping the owner: %w", err)
+	}
+	return nil
 }
