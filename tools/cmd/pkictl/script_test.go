@@ -303,7 +303,7 @@ func TestEverySubcommandHelps(t *testing.T) {
 // What changes something has a dry run, or is one until it is told --apply.
 func TestEverySubcommandThatChangesSomethingHasADryRun(t *testing.T) {
 	changesNothing := []string{
-		"acme eab list", "backup verify", "ca status", "completion", "probe", "provisioners", "status", "token",
+		"acme eab list", "backup verify", "ca status", "completion", "probe", "provisioners", "status", "token", "trust status",
 		// Each makes one new file or row and replaces nothing; "make backup" and "make backup-key" are made of them.
 		"backup create", "backup keygen", "backup record", "backup store",
 	}
