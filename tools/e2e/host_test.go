@@ -129,7 +129,7 @@ func TestHosts(t *testing.T) {
 			require.Contains(t, out.Stderr, "Server host certificate: "+algorithm)
 		}
 		client.Shell("ssh -o HostKeyAlias=www.e2e.test" + strict + " -i /tmp/deploy deploy@" + machineName + " true").OK(t)
-		refused := client.Shell("ssh -o HostKeyAlias=db.e2e.test" + strict + " -i /tmp/deploy deploy@" + machineName + " true").Exits(t, 255)
+		refused := client.Shell("ssh -o HostKeyAlias=db.e2e.test"+strict+" -i /tmp/deploy deploy@"+machineName+" true").Exits(t, 255)
 		require.Contains(t, refused.Stderr, "Certificate invalid: name is not a listed principal")
 		// Whoever has noted a key finds it unchanged: no HostKey line took the others away.
 		require.Len(t, strings.Split(strings.TrimSpace(client.Shell("ssh-keyscan -t ed25519,ecdsa,rsa "+machineName+" 2>/dev/null").OK(t).Stdout), "\n"), 3)
@@ -144,7 +144,7 @@ func TestHosts(t *testing.T) {
 		require.Contains(t, m.Run("pkictl", "leave").OK(t).Stdout, "left "+s.URL())
 		require.Equal(t, before, m.files(false))
 		require.Contains(t, m.Run("pkictl", "leave").OK(t).Stdout, "unchanged: this host has not joined a CA")
-		refused = client.Shell("ssh" + strict + " -i /tmp/deploy deploy@" + machineName + " true").Exits(t, 255)
+		refused = client.Shell("ssh"+strict+" -i /tmp/deploy deploy@"+machineName+" true").Exits(t, 255)
 		require.Contains(t, refused.Stderr, "Host key verification failed")
 	})
 
