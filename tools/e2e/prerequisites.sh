@@ -18,6 +18,7 @@ have go || die "looking for the go command: not found" "install Go 1.21 or newer
 # command:package; a path where the command is not on PATH.
 needed=(
   certutil:libnss3-tools
+  fish:fish
   git:git
   ip:iproute2
   openssl:openssl
@@ -27,7 +28,9 @@ needed=(
   ssh-keygen:openssh-client
   /usr/sbin/sshd:openssh-server
   shellcheck:shellcheck
+  systemd-analyze:systemd
   yamllint:yamllint
+  zsh:zsh
   /usr/lib/postgresql/15/bin/postgres:postgresql-15
 )
 missing=()
