@@ -20,7 +20,7 @@ const (
 	machineName  = "web.e2e.test"
 	dropIn       = "/etc/ssh/sshd_config.d/infra-pki.conf"
 	maxPkictl    = 30_000_000
-	maxHelpStart = 250 * time.Millisecond // measured: 15 to 30 ms
+	maxHelpStart = 250 * time.Millisecond // measured: 25 ms of CPU
 )
 
 var keyKinds = []string{"ed25519", "ecdsa", "rsa"}
@@ -78,12 +78,13 @@ func (m sshdHost) files(times bool) []string {
 	return lines
 }
 
-func (m sshdHost) joined() {
+// joined demands that the host is a member, and that joining again changes nothing.
+func (m sshdHost) joined(flags ...string) {
 	m.t.Helper()
 	for _, kind := range keyKinds {
 		m.Run("ssh-keygen", "-L", "-f", "/etc/ssh/ssh_host_"+kind+"_key-cert.pub").OK(m.t)
 	}
-	out := m.Run("pkictl", "join").OK(m.t)
+	out := m.Run(append([]string{"pkictl", "join"}, flags...)...).OK(m.t)
 	require.True(m.t, strings.HasPrefix(out.Stdout, "unchanged "), out.Output())
 }
 
@@ -101,8 +102,8 @@ func TestHosts(t *testing.T) {
 		size, err := strconv.Atoi(strings.TrimSpace(m.Run("stat", "--format", "%s", "/usr/local/bin/pkictl").OK(t).Stdout))
 		require.NoError(t, err)
 		require.Less(t, size, maxPkictl)
-		const rounds = 20
-		took := m.Shell(fmt.Sprintf(`begin=$(date +%%s%%N); for _ in {1..%d}; do pkictl --help >/dev/null; done; echo $(( ($(date +%%s%%N) - begin) / %d ))`, rounds, rounds)).OK(t).Stdout
+		// The best of several: other tests are at work on this machine.
+		took := m.Shell(`for _ in {1..20}; do begin=$(date +%s%N); pkictl --help >/dev/null; echo $(( $(date +%s%N) - begin )); done | sort -n | head -n 1`).OK(t).Stdout
 		nanoseconds, err := strconv.Atoi(strings.TrimSpace(took))
 		require.NoError(t, err)
 		t.Logf("pkictl: %d bytes, --help in %.1f ms", size, float64(nanoseconds)/1e6)
@@ -128,7 +129,7 @@ func TestHosts(t *testing.T) {
 			require.Contains(t, out.Stderr, "Server host certificate: "+algorithm)
 		}
 		client.Shell("ssh -o HostKeyAlias=www.e2e.test" + strict + " -i /tmp/deploy deploy@" + machineName + " true").OK(t)
-		refused := client.Shell("ssh -o HostKeyAlias=db.e2e.test" + strict + " -i /tmp/deploy deploy@" + machineName + " true").Exits(t, 255)
+		refused := client.Shell("ssh -o HostKeyAlias=db.e2e.test"+strict+" -i /tmp/deploy deploy@"+machineName+" true").Exits(t, 255)
 		require.Contains(t, refused.Stderr, "Certificate invalid: name is not a listed principal")
 		// Whoever has noted a key finds it unchanged: no HostKey line took the others away.
 		require.Len(t, strings.Split(strings.TrimSpace(client.Shell("ssh-keyscan -t ed25519,ecdsa,rsa "+machineName+" 2>/dev/null").OK(t).Stdout), "\n"), 3)
@@ -143,7 +144,7 @@ func TestHosts(t *testing.T) {
 		require.Contains(t, m.Run("pkictl", "leave").OK(t).Stdout, "left "+s.URL())
 		require.Equal(t, before, m.files(false))
 		require.Contains(t, m.Run("pkictl", "leave").OK(t).Stdout, "unchanged: this host has not joined a CA")
-		refused = client.Shell("ssh" + strict + " -i /tmp/deploy deploy@" + machineName + " true").Exits(t, 255)
+		refused = client.Shell("ssh"+strict+" -i /tmp/deploy deploy@"+machineName+" true").Exits(t, 255)
 		require.Contains(t, refused.Stderr, "Host key verification failed")
 	})
 
@@ -207,7 +208,12 @@ func TestHosts(t *testing.T) {
 			t.Run("after "+moment, func(t *testing.T) {
 				m := sshdHost{m.Client, t, s}
 				m.token("--ssh", "--tls")
-				const join = "pkictl join --env-file /root/join.env --tls-cert /etc/web/crt --tls-key /etc/web/key"
+				// The tools of the trust store take many times as long as all the rest.
+				var flags []string
+				if moment != "the trust store" {
+					flags = append(flags, "--no-trust")
+				}
+				join := "pkictl join --env-file /root/join.env --tls-cert /etc/web/crt --tls-key /etc/web/key " + strings.Join(flags, " ")
 				m.Shell(join + " >/dev/null 2>&1 & pid=$!\nwhile kill -0 $pid && ! (" + moments[moment] + "); do :; done 2>/dev/null\nkill -9 $pid 2>/dev/null || echo too late; wait $pid || true").OK(t)
 				again := m.Shell(join)
 				if again.Code != 0 {
@@ -216,7 +222,7 @@ func TestHosts(t *testing.T) {
 					m.token("--ssh", "--tls")
 					m.Shell(join).OK(t)
 				}
-				m.joined()
+				m.joined(flags...)
 				client.Shell("ssh" + strict + " -i /tmp/deploy deploy@" + machineName + " true").OK(t)
 				m.Run("pkictl", "leave").OK(t)
 				require.Equal(t, before, m.files(false))

@@ -5,9 +5,11 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 )
@@ -64,7 +66,7 @@ func (s *Stack) Client() *Client {
 	s.t.Helper()
 	if s.client == nil {
 		require.NoError(s.t, buildClient())
-		s.client = s.start(clientImage, ClientName)
+		s.client = s.start(clientImage, ClientName, []string{"--init"})
 		s.client.Copy(s.Trust(), "/trust")
 	}
 	s.client.t = s.t
@@ -77,18 +79,44 @@ func (s *Stack) Machine(name string) *Client {
 	require.NoError(s.t, buildMachine())
 	program, err := pkictl()
 	require.NoError(s.t, err)
-	c := s.start(machineImage, name)
+	c := s.start(machineImage, name, []string{"--init"})
 	c.Copy(program, "/usr/local/bin/pkictl")
 	return c
 }
 
-func (s *Stack) start(image, name string) *Client {
+// SystemdMachine is a Machine whose first process is systemd.
+func (s *Stack) SystemdMachine(name string) *Client {
+	s.t.Helper()
+	require.NoError(s.t, buildMachine())
+	program, err := pkictl()
+	require.NoError(s.t, err)
+	// What systemd needs to mount and to make groups of processes; less than --privileged,
+	// which not every host of Docker can give.
+	c := s.start(machineImage, name, []string{
+		"--cap-add", "SYS_ADMIN", "--security-opt", "seccomp=unconfined", "--cgroupns", "private",
+		"--tmpfs", "/run", "--tmpfs", "/run/lock", "--env", "container=docker",
+	}, "sh", "-c", "mount -o remount,rw /sys/fs/cgroup; exec /lib/systemd/systemd")
+	c.Copy(program, "/usr/local/bin/pkictl")
+	var state Result
+	for range 120 {
+		if state = c.Run("systemctl", "is-system-running"); slices.Contains([]string{"running", "degraded"}, strings.TrimSpace(state.Stdout)) {
+			return c
+		}
+		time.Sleep(500 * time.Millisecond)
+	}
+	missing(s.t, "systemd does not come up in a container here: %s", state.Output())
+	return nil
+}
+
+func (s *Stack) start(image, name string, options []string, command ...string) *Client {
 	s.t.Helper()
 	network := s.Project + "_egress"
 	gateway := Docker(s.t, "network", "inspect", "--format", "{{(index .IPAM.Config 0).Gateway}}", network).OK(s.t)
-	id := Docker(s.t, "run", "--detach", "--init", "--label", label+"="+s.Project,
-		"--hostname", name, "--network", network, "--network-alias", name,
-		"--add-host", Domain+":"+strings.TrimSpace(gateway.Stdout), image).OK(s.t)
+	args := append([]string{
+		"run", "--detach", "--label", label + "=" + s.Project, "--hostname", name, "--network", network, "--network-alias", name,
+		"--add-host", Domain + ":" + strings.TrimSpace(gateway.Stdout),
+	}, options...)
+	id := Docker(s.t, append(append(args, image), command...)...).OK(s.t)
 	return &Client{t: s.t, stack: s, id: strings.TrimSpace(id.Stdout)}
 }
 
