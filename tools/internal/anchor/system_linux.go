@@ -114,12 +114,24 @@ func (s system) uninstall(ctx context.Context, cert *x509.Certificate) error {
 // is gone: a link to it, and one by its hash. Its option --fresh would do that, too,
 // but leaves programs that go by hashes without any root for seconds.
 func (s system) unlink(cert *x509.Certificate) error {
-	dir := filepath.Dir(s.bundle)
-	link := filepath.Join(dir, nickname(cert)+".pem")
-	if _, err := os.Lstat(link); err != nil {
+	dir, name := filepath.Dir(s.bundle), nickname(cert)+".pem"
+	if _, err := os.Lstat(filepath.Join(dir, name)); err != nil {
 		return nil //nolint:nilerr // there is none
 	}
-	for _, args := range [][]string{{"rm", "-f", link}, {"openssl", "rehash", dir}} {
+	remove := []string{"rm", "-f", filepath.Join(dir, name)}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("looking for links: %w", err)
+	}
+	for _, e := range entries {
+		if target, err := os.Readlink(filepath.Join(dir, e.Name())); err == nil && target == name {
+			// HASH.0, HASH.1 and so on are of roots of one subject. Rehashing makes those of
+			// others anew, without a gap, at which a search would end.
+			hashes, _ := filepath.Glob(filepath.Join(dir, strings.TrimSuffix(e.Name(), filepath.Ext(e.Name()))+".*")) // the pattern is good
+			remove = append(remove, hashes...)
+		}
+	}
+	for _, args := range [][]string{remove, {"openssl", "rehash", dir}} {
 		cmd := truststore.CommandWithSudo(args...)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return said(cmd, err, out)
