@@ -71,10 +71,16 @@ restart: ## restart every step-ca, one at a time: no request fails
 	@COMPOSE='$(COMPOSE)' step-ca/roll.sh restart
 
 .PHONY: status
-status: ## show the services, the edge's view of step-ca, and as whom this machine arrives there
-	@$(COMPOSE) ps --all --format 'table {{.Service}}\t{{.Status}}\t{{.Ports}}'
-	@echo; $(COMPOSE) exec -T caddy caddy upstreams
-	@COMPOSE='$(COMPOSE)' caddy/seen.sh
+status: ## tell on one screen what is wrong and what to do (JSON=1: for machines)
+	@services=$$($(COMPOSE) ps --all --format json); \
+	test -n "$$services" || { echo 'status: error: the stack has not run yet'; echo 'status: hint: make up'; exit 1; } >&2; \
+	! test -t 2 || echo 'asking …' >&2; \
+	{ sed 's/^/service /' <<<"$$services"; \
+	$(COMPOSE) exec -T caddy caddy upstreams --json </dev/null 2>/dev/null | sed 's/^/upstreams /' || true; \
+	COMPOSE='$(COMPOSE)' caddy/seen.sh | sed 's/^/arrival /'; \
+	code=0; said=$$($(COMPOSE) run --rm --no-deps -T provisioner-init --check 2>&1 </dev/null) || code=$$?; \
+	sed 's/^/drift /' <<<"$$said"; echo "check $$code"; \
+	} | $(COMPOSE) run --rm --no-deps -T status $(if $(JSON),--json)
 
 .PHONY: alerts
 alerts: ## which alerts fire (with COMPOSE_PROFILES=metrics)
@@ -86,6 +92,13 @@ trust: ## put the trust anchors into ./trust
 	test -n "$$id" || { echo 'trust: error: the stack has not run yet'; echo 'trust: hint: make up'; exit 1; } >&2; \
 	mkdir -p trust; docker cp "$$id:/trust/." trust/ >/dev/null; \
 	(cd trust && sha256sum --check --quiet SHA256SUMS); ls trust
+
+.PHONY: pkictl
+pkictl: images ## get the program for hosts into ./pkictl
+	@id=$$(docker create $(TOOLS_IMAGE) pkictl); trap 'docker rm "$$id" >/dev/null' EXIT; \
+	docker cp "$$id:/usr/local/bin/pkictl" pkictl >/dev/null
+	@echo 'Bring it to a host:  scp pkictl root@web.lan:/usr/local/bin/'
+	@echo 'and have that join:  docker compose run --rm -T pkictl token --name web.lan'
 
 BACKUP_DIR ?= backups
 ENV_FILE ?= .env

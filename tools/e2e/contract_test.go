@@ -2,6 +2,7 @@ package e2e_test
 
 import (
 	"fmt"
+	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -84,7 +85,8 @@ var leastSecrets = map[string][]string{
 	"step-ca":      {"ca_password"},
 	"trust-export": nil,
 	"caddy":        nil,
-	"pkictl":       {"provisioner_password", "step_ca_db_password"},
+	"pkictl":       {"provisioner_password", "ssh_host_provisioner_password", "step_ca_db_password"},
+	"status":       {"reports_db_password"},
 	"probe":        {"provisioner_password"},
 	"backup":       {"postgres_password"},
 	"restore":      {"postgres_password"},
@@ -250,8 +252,8 @@ func TestContractOfNetworks(t *testing.T) {
 		slices.Sort(names)
 	}
 	require.Equal(t, map[string][]string{
-		"db":     {"backup", "db-migrate", "db-wait", "metrics-export", "pgbouncer", "pkictl", "postgres", "provisioner-init", "restore", "step-ca"},
-		"ca":     {"caddy", "metrics-export", "pkictl", "prometheus", "step-ca", "trust-export"},
+		"db":     {"backup", "db-migrate", "db-wait", "metrics-export", "pgbouncer", "pkictl", "postgres", "provisioner-init", "restore", "status", "step-ca"},
+		"ca":     {"caddy", "metrics-export", "pkictl", "prometheus", "status", "step-ca", "trust-export"},
 		"egress": {"provisioner-init", "step-ca"},
 		"edge":   {"caddy"},
 	}, members)
@@ -420,4 +422,32 @@ func TestContractOfTheCaddyfile(t *testing.T) {
 	deny, proxy := strings.Index(text, "route @outside"), strings.Index(text, "route @tls")
 	require.Positive(t, deny)
 	require.Less(t, deny, proxy, "refusal stands before anything that reads from the client")
+}
+
+// Each test that the table of defects names is there, and each defect is in it.
+func TestContractOfTheDefects(t *testing.T) {
+	_, table, found := strings.Cut(checkedIn(t, "tools/e2e/README.md"), "\n## The defects of the original\n")
+	require.True(t, found)
+	var tests strings.Builder
+	for _, module := range []string{"tools", "caddy/edge"} {
+		require.NoError(t, filepath.WalkDir(filepath.Join(stack.Repository(), module), func(path string, d fs.DirEntry, err error) error {
+			switch {
+			case err != nil:
+				return err
+			case strings.HasSuffix(path, "_test.go"):
+				data, err := os.ReadFile(path) //nolint:gosec // G122: this checkout
+				tests.Write(data)
+				return err
+			case strings.HasSuffix(path, ".txtar"):
+				tests.WriteString("\nfunc " + d.Name() + "(")
+			}
+			return nil
+		}))
+	}
+	for _, name := range regexp.MustCompile("`(Test[A-Za-z]+|[a-z-]+\\.txtar)`").FindAllStringSubmatch(table, -1) {
+		require.True(t, strings.Contains(tests.String(), "\nfunc "+name[1]+"("), "there is no %s", name[1]) //nolint:testifylint // it would print all tests
+	}
+	for d := 1; d <= 73; d++ {
+		require.Regexp(t, fmt.Sprintf(`\bD%d\b`, d), table)
+	}
 }

@@ -17,6 +17,8 @@ have go || die "looking for the go command: not found" "install Go 1.21 or newer
 
 # command:package; a path where the command is not on PATH.
 needed=(
+  certutil:libnss3-tools
+  fish:fish
   git:git
   ip:iproute2
   openssl:openssl
@@ -24,8 +26,11 @@ needed=(
   keytool:default-jre-headless
   sha256sum:coreutils
   ssh-keygen:openssh-client
+  /usr/sbin/sshd:openssh-server
   shellcheck:shellcheck
+  systemd-analyze:systemd
   yamllint:yamllint
+  zsh:zsh
   /usr/lib/postgresql/15/bin/postgres:postgresql-15
 )
 missing=()
@@ -56,6 +61,11 @@ failed() {
 if [[ " ${missing[*]} " == *" postgresql-15 "* && ! -e /etc/postgresql-common ]]; then
   mkdir -p /etc/postgresql-common/createcluster.d
   echo 'create_main_cluster = false' >/etc/postgresql-common/createcluster.d/infra-pki.conf
+fi
+# Nor does a machine get a server for logins because somebody runs tests on it.
+if [[ " ${missing[*]} " == *" openssh-server "* ]]; then
+  mkdir -p /etc/ssh
+  touch /etc/ssh/sshd_not_to_be_run
 fi
 # The package lists may be absent or old; asking for them costs time, so only then.
 bounded 300 apt-get -o DPkg::Lock::Timeout=60 install -y --no-install-recommends "${missing[@]}" || {

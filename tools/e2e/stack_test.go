@@ -1,7 +1,9 @@
 package e2e_test
 
 import (
+	"encoding/json"
 	"maps"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -72,11 +74,54 @@ func TestMakeUpProvesTheStackAndSaysWhatComesNext(t *testing.T) {
 	summary := s.Make("summary").OK(t).Stdout
 	require.Contains(t, summary, s.URL()+"/acme/acme/directory")
 	require.Contains(t, summary, "step ca bootstrap --ca-url "+s.URL()+" --fingerprint "+fingerprint)
-	status := s.Make("status").OK(t).Stdout
+}
+
+func TestMakeStatusSaysWhatIsWrongAndWhatToDo(t *testing.T) {
+	s := stack.Shared(t)
+	begin := time.Now()
+	shown := s.Make("status").Exits(t, 2) // make's code for a recipe that failed
+	t.Logf("make status: %.1f s", time.Since(begin).Seconds())
 	for _, name := range staying {
 		service, _, _ := strings.Cut(name, "/")
-		require.Regexp(t, `(?m)^`+service+`\s+Up .*\(healthy\)`, status)
+		require.Regexp(t, `(?m)^`+service+`\s+Up .*\(healthy\)`, shown.Stdout)
 	}
+	require.Regexp(t, `(?m)^arrival\s+arrives from `+regexp.QuoteMeta(s.Gateway.String())+`\s+127\.0\.0\.1$`, shown.Stdout)
+	require.Contains(t, shown.Stdout, "wrong: there is no backup")
+	require.NotContains(t, shown.Stdout, "\x1b", "colour where there is no terminal")
+
+	type state struct {
+		Well                       bool
+		Services                   []struct{ Service, Health string }
+		Replicas                   []struct{ State string }
+		Arrivals                   []string
+		Certificates, Provisioners []struct {
+			Name, Declared string
+			Left           int64 `json:"seconds_left"`
+		}
+		Drift *struct {
+			ExitCode int `json:"exit_code"`
+		}
+		Problems []struct{ What, Do string }
+	}
+	read := func() (st state) {
+		require.NoError(t, json.Unmarshal([]byte(s.Make("status", "JSON=1").Exits(t, 2).Stdout), &st))
+		return st
+	}
+	st := read()
+	require.False(t, st.Well)
+	require.Len(t, st.Problems, 1, "%v", st.Problems)
+	require.Len(t, st.Replicas, 2)
+	require.Equal(t, "ready", st.Replicas[0].State)
+	require.Len(t, st.Certificates, 2)
+	require.NotEmpty(t, st.Provisioners)
+	require.Zero(t, st.Drift.ExitCode)
+
+	s.Change(t, stack.Settings{"TLS_DEFAULT_LIFETIME": "3h"})
+	st = read()
+	require.Equal(t, 3, st.Drift.ExitCode)
+	require.Len(t, st.Problems, 2, "%v", st.Problems)
+	require.Contains(t, st.Problems[0].What, "what is rendered is not what .env declares: provisioner-init: ")
+	require.Equal(t, `"make init" applies it`, st.Problems[0].Do)
 }
 
 func TestAChangedLifetimeIsTakenWithoutARestart(t *testing.T) {

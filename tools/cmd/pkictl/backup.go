@@ -309,6 +309,7 @@ step-ca/trusted-roots into DIR. What is there already must be the same: nothing 
 overwritten, and nothing is written if one file differs. "make restore" begins with it.
 
 ` + archiveFlags + `  --into DIR        the checkout (default: the current directory)
+  --dry-run         verify, compare, and say what would be written
 
 Examples:
   pkictl backup files --identity backup-identity.txt --into /srv/infra-pki infra-pki-20260131T030000Z.age
@@ -317,12 +318,13 @@ Examples:
 	setup: func(fs *flag.FlagSet) work {
 		identity := fs.String("identity", "", "")
 		into := fs.String("into", ".", "")
+		dryRun := fs.Bool("dry-run", false, "")
 		return func(ctx context.Context, log *slog.Logger) error {
 			c, err := verified(ctx, *identity, fs.Arg(0))
 			if err != nil {
 				return err
 			}
-			if err := c.Unpack(ctx, *into, log); err != nil {
+			if err := c.Unpack(ctx, *into, *dryRun, log); err != nil {
 				return err
 			}
 			values, err := dotenv.Values(c.Env())
@@ -351,6 +353,8 @@ database knows a root, is left as it is. Killed at any instant it can be run aga
 
 ` + archiveFlags + `  --keep-database   restore the volumes alone: keys were lost, and the database that belongs
                     to them was not
+  --dry-run         verify the archive, look whether the stack is empty, and say what
+                    would be restored
   --migrations DIR  the schema's (default /migrations)
   --home DIR        step-ca's home: config/, certs/, secrets/ (default /home/step)
   --root-ca DIR     where the root key lies (default /root-ca)
@@ -358,12 +362,14 @@ database knows a root, is left as it is. Killed at any instant it can be run aga
 ` + ownerEnvironment + `
 Examples:
   make restore ARCHIVE=infra-pki-20260131T030000Z.age IDENTITY=backup-identity.txt
+  make load RESTORE=--dry-run ARCHIVE=infra-pki-20260131T030000Z.age IDENTITY=backup-identity.txt
 `,
 	operands: []string{"ARCHIVE"},
 	setup: func(fs *flag.FlagSet) work {
 		identity := fs.String("identity", "", "")
 		var target backup.Target
 		fs.BoolVar(&target.KeepDatabase, "keep-database", false, "")
+		fs.BoolVar(&target.DryRun, "dry-run", false, "")
 		fs.StringVar(&target.Migrations, "migrations", "/migrations", "")
 		home := fs.String("home", "/home/step", "")
 		rootCA := fs.String("root-ca", "/root-ca", "")
@@ -406,7 +412,11 @@ func restoreArchive(ctx context.Context, identity, archive string, target backup
 	if err != nil {
 		return err
 	}
-	target.Log.LogAttrs(ctx, slog.LevelInfo, "restored", slog.String("root", c.Root), slog.Int64("certificates", c.Certificates), slog.Time("taken", c.Taken))
+	message := "restored"
+	if target.DryRun {
+		message = "can be restored"
+	}
+	target.Log.LogAttrs(ctx, slog.LevelInfo, message, slog.String("root", c.Root), slog.Int64("certificates", c.Certificates), slog.Time("taken", c.Taken))
 	return nil
 }
 

@@ -20,7 +20,7 @@ import (
 
 var eabAdd = command{
 	summary: "make a key with which one ACME account can be registered",
-	usage: `usage: pkictl acme eab add [--reference TEXT]
+	usage: `usage: pkictl acme eab add [--reference TEXT] [--dry-run]
 
 Makes a key for External Account Binding (RFC 8555 section 7.3.4). Where
 ACME_REQUIRE_EAB is true, an ACME client needs one to register its account; each is
@@ -30,6 +30,7 @@ shown this once.
 
   --reference TEXT   what the key is for, in your own words; may be used again when the
                      key before it is spent
+  --dry-run          look whether a key can be made, and make none
 
 ` + databaseEnvironment + `
 Examples:
@@ -40,17 +41,22 @@ Examples:
 `,
 	setup: func(fs *flag.FlagSet) work {
 		reference := fs.String("reference", "", "")
+		dryRun := fs.Bool("dry-run", false, "")
 		return func(ctx context.Context, log *slog.Logger) error {
 			if err := eab.CheckReference(*reference); err != nil {
 				return oneshot.Usage(fmt.Errorf("--reference: %w; a good value: web.lan", err))
 			}
-			return withDatabase(ctx, noSettings, func(conn *pgx.Conn) error {
+			return withKeys(ctx, *dryRun, func(conn eab.DB) error {
 				id, secret, err := eab.Add(ctx, conn, *reference, time.Now())
 				if errors.Is(err, eab.ErrTaken) {
 					return oneshot.WithHint(err, `use that key, or end it with "pkictl acme eab revoke" if its secret is lost`)
 				}
 				if err != nil {
 					return err
+				}
+				if *dryRun {
+					log.LogAttrs(ctx, slog.LevelInfo, "would be created", slog.String("reference", *reference))
+					return nil
 				}
 				log.LogAttrs(ctx, slog.LevelInfo, "created", slog.String("kid", id), slog.String("reference", *reference))
 				_, err = fmt.Printf("EAB_KID=%s\nEAB_HMAC_KEY=%s\n", id, eab.Encode(secret))
@@ -143,7 +149,7 @@ func printJSON(v any) error {
 
 var eabRevoke = command{
 	summary: "make such a key unusable, or deactivate the account it is bound to",
-	usage: `usage: pkictl acme eab revoke [--deactivate-account] KID
+	usage: `usage: pkictl acme eab revoke [--deactivate-account] [--dry-run] KID
 
 An unused key becomes unusable, at once: registering with it is refused. It stays in
 the list. A client that was being registered at that very moment may still get its
@@ -156,6 +162,7 @@ pending ones. Certificates that the account has already stay valid until they en
 are revoked ("pkictl revoke").
 
   --deactivate-account   if the key is bound, deactivate its account
+  --dry-run              say what would be done
 
 ` + databaseEnvironment + `
 Examples:
@@ -165,8 +172,9 @@ Examples:
 	operands: []string{"KID"},
 	setup: func(fs *flag.FlagSet) work {
 		deactivate := fs.Bool("deactivate-account", false, "")
+		dryRun := fs.Bool("dry-run", false, "")
 		return func(ctx context.Context, log *slog.Logger) error {
-			return withDatabase(ctx, noSettings, func(conn *pgx.Conn) error {
+			return withKeys(ctx, *dryRun, func(conn eab.DB) error {
 				k, changed, err := eab.Revoke(ctx, conn, fs.Arg(0), *deactivate, time.Now())
 				switch {
 				case errors.Is(err, eab.ErrBound):
@@ -180,6 +188,9 @@ Examples:
 				outcome := "unchanged"
 				if changed {
 					outcome = string(k.State)
+					if *dryRun {
+						outcome = "would be " + outcome
+					}
 				}
 				log.LogAttrs(ctx, slog.LevelInfo, outcome, slog.String("kid", k.ID), slog.String("reference", k.Reference),
 					slog.String("state", string(k.State)), slog.String("account", k.Account))
@@ -190,3 +201,17 @@ Examples:
 }
 
 func noSettings(*config.Reader) {}
+
+// withKeys does work on the keys, which a dry run takes back.
+func withKeys(ctx context.Context, dryRun bool, do func(eab.DB) error) error {
+	return withDatabase(ctx, noSettings, func(conn *pgx.Conn) error {
+		if !dryRun {
+			return do(conn)
+		}
+		tx, err := conn.Begin(ctx)
+		if err != nil {
+			return fmt.Errorf("beginning a dry run: %w", err)
+		}
+		return errors.Join(do(tx), tx.Rollback(context.WithoutCancel(ctx)))
+	})
+}

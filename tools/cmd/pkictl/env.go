@@ -15,7 +15,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 
 	"github.com/infra-pki/infra-pki/tools/internal/dotenv"
 	"github.com/infra-pki/infra-pki/tools/internal/durable"
@@ -24,7 +23,7 @@ import (
 
 var env = command{
 	summary: "make .env, or add the variables that it lacks",
-	usage: `usage: pkictl env [--example FILE] FILE
+	usage: `usage: pkictl env [--example FILE] [--dry-run] FILE
 
 Makes FILE from the example, or adds the variables that the example has and FILE
 lacks. A value in the example with "change_me" in it stands for a secret: one is
@@ -32,6 +31,7 @@ generated. Lines that FILE already has stay as they are, to the byte. FILE may b
 read by its owner alone. No value is ever printed.
 
   --example FILE   default: .env.example beside FILE
+  --dry-run        say which variables would be added
 
 Examples:
   pkictl env .env
@@ -40,12 +40,13 @@ Examples:
 	operands: []string{"FILE"},
 	setup: func(fs *flag.FlagSet) work {
 		example := fs.String("example", "", "")
+		dryRun := fs.Bool("dry-run", false, "")
 		return func(ctx context.Context, log *slog.Logger) error {
 			path := fs.Arg(0)
 			if *example == "" {
 				*example = filepath.Join(filepath.Dir(path), ".env.example")
 			}
-			return writeEnv(ctx, *example, path, log)
+			return writeEnv(ctx, *example, path, *dryRun, log)
 		}
 	},
 }
@@ -65,7 +66,7 @@ type setting struct {
 	before  string // everything between the previous setting and this one
 }
 
-func writeEnv(ctx context.Context, example, path string, log *slog.Logger) error {
+func writeEnv(ctx context.Context, example, path string, dryRun bool, log *slog.Logger) error {
 	settings, tail, err := readExample(example)
 	if err != nil {
 		return oneshot.WithExitCode(err, oneshot.ExitMisconfigured)
@@ -73,13 +74,13 @@ func writeEnv(ctx context.Context, example, path string, log *slog.Logger) error
 	info, err := os.Lstat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return createEnv(ctx, settings, tail, path, log)
+		return createEnv(ctx, settings, tail, path, dryRun, log)
 	case err != nil:
 		return fmt.Errorf("reading settings: %w", err)
 	case !info.Mode().IsRegular():
 		return oneshot.WithExitCode(fmt.Errorf("reading settings: %q is not a regular file", path), oneshot.ExitMisconfigured)
 	}
-	return completeEnv(ctx, settings, path, info, log)
+	return completeEnv(ctx, settings, path, info, dryRun, log)
 }
 
 // readExample returns the settings of an example and what follows the last one.
@@ -127,7 +128,7 @@ func (s setting) line() string {
 	return s.name + "='" + base64.RawURLEncoding.EncodeToString(secret) + "'\n"
 }
 
-func createEnv(ctx context.Context, settings []setting, tail, path string, log *slog.Logger) error {
+func createEnv(ctx context.Context, settings []setting, tail, path string, dryRun bool, log *slog.Logger) error {
 	var content strings.Builder
 	for _, s := range settings {
 		content.WriteString(s.before)
@@ -137,16 +138,21 @@ func createEnv(ctx context.Context, settings []setting, tail, path string, log *
 	if err := check([]byte(content.String()), nil, settings); err != nil {
 		return fmt.Errorf("making %q: %w", path, err)
 	}
+	if dryRun {
+		log.LogAttrs(ctx, slog.LevelInfo, "would be created", slog.String("file", path))
+		report(ctx, settings, "would be added", log)
+		return nil
+	}
 	// Two at once must not make two sets of secrets.
 	if err := durable.CreateExclusive(path, []byte(content.String()), envMode); err != nil {
 		return err
 	}
 	log.LogAttrs(ctx, slog.LevelInfo, "created", slog.String("file", path))
-	report(ctx, settings, log)
+	report(ctx, settings, "added", log)
 	return nil
 }
 
-func completeEnv(ctx context.Context, settings []setting, path string, info fs.FileInfo, log *slog.Logger) error {
+func completeEnv(ctx context.Context, settings []setting, path string, info fs.FileInfo, dryRun bool, log *slog.Logger) error {
 	old, err := dotenv.ReadFile(path)
 	if err != nil {
 		return err
@@ -166,11 +172,16 @@ func completeEnv(ctx context.Context, settings []setting, path string, info fs.F
 		return ok
 	})
 	if len(lacking) == 0 {
-		return keepEnv(ctx, path, info, log)
+		return keepEnv(ctx, path, info, dryRun, log)
 	}
 	content := appendSettings(old, lacking)
 	if err := check(content, have, lacking); err != nil {
 		return fmt.Errorf("adding to %q: %w", path, err)
+	}
+	if dryRun {
+		log.LogAttrs(ctx, slog.LevelInfo, "would be updated", slog.String("file", path))
+		report(ctx, lacking, "would be added", log)
+		return nil
 	}
 	outcome, err := durable.WriteIfChanged(path, content, envMode)
 	if err != nil {
@@ -180,14 +191,16 @@ func completeEnv(ctx context.Context, settings []setting, path string, info fs.F
 		return err
 	}
 	log.LogAttrs(ctx, slog.LevelInfo, string(outcome), slog.String("file", path))
-	report(ctx, lacking, log)
+	report(ctx, lacking, "added", log)
 	return nil
 }
 
 // keepEnv leaves a complete file alone, except that it takes the permission to read
 // it from others.
-func keepEnv(ctx context.Context, path string, info fs.FileInfo, log *slog.Logger) error {
-	if info.Mode().Perm()&^envMode != 0 {
+func keepEnv(ctx context.Context, path string, info fs.FileInfo, dryRun bool, log *slog.Logger) error {
+	if info.Mode().Perm()&^envMode != 0 && dryRun {
+		log.LogAttrs(ctx, slog.LevelInfo, "would be closed to others", slog.String("file", path))
+	} else if info.Mode().Perm()&^envMode != 0 {
 		if err := os.Chmod(path, envMode); err != nil {
 			return fmt.Errorf("closing %q to others: %w", path, err)
 		}
@@ -235,24 +248,12 @@ func check(content []byte, before map[string]string, added []setting) error {
 	return nil
 }
 
-// keepOwner gives a file that root has replaced back to its owner.
-func keepOwner(path string, before fs.FileInfo) error {
-	stat, ok := before.Sys().(*syscall.Stat_t)
-	if !ok || os.Getuid() != 0 {
-		return nil
-	}
-	if err := os.Lchown(path, int(stat.Uid), int(stat.Gid)); err != nil {
-		return fmt.Errorf("keeping the owner: %w", err)
-	}
-	return nil
-}
-
-func report(ctx context.Context, settings []setting, log *slog.Logger) {
+func report(ctx context.Context, settings []setting, outcome string, log *slog.Logger) {
 	for _, s := range settings {
 		value := "as in the example"
 		if s.secret {
 			value = "generated"
 		}
-		log.LogAttrs(ctx, slog.LevelInfo, "added", slog.String("name", s.name), slog.String("value", value))
+		log.LogAttrs(ctx, slog.LevelInfo, outcome, slog.String("name", s.name), slog.String("value", value))
 	}
 }

@@ -36,11 +36,20 @@ var commands = map[string]command{
 	"backup record":   backupRecord,
 	"backup store":    backupStore,
 	"backup verify":   backupVerify,
+	"ca status":       caStatus,
 	"env":             env,
+	"join":            join,
+	"leave":           leave,
 	"probe":           probe,
 	"provisioners":    provisioners,
+	"renew":           renew,
 	"restore":         restore,
 	"revoke":          revoke,
+	"status":          status,
+	"token":           token,
+	"trust install":   trustInstall,
+	"trust status":    trustStatus,
+	"trust uninstall": trustUninstall,
 }
 
 func main() { oneshot.Main("pkictl", run) }

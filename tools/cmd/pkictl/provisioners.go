@@ -100,34 +100,43 @@ const (
 )
 
 func (l *lister) run(ctx context.Context, log *slog.Logger) error {
+	verdicts, err := l.verdicts(ctx, log)
+	if err != nil {
+		return err
+	}
+	if err := l.print(verdicts); err != nil {
+		return fmt.Errorf("printing the provisioners: %w", err)
+	}
+	return judge(ctx, verdicts, log)
+}
+
+// verdicts asks every replica.
+func (l *lister) verdicts(ctx context.Context, log *slog.Logger) ([]verdict, error) {
 	var declared []object
 	if l.declared != "" {
 		var err error
 		if declared, err = readDeclared(l.declared); err != nil {
-			return oneshot.WithHint(err, "provisioner-init writes ca.json; --declared names it")
+			return nil, oneshot.WithHint(err, "provisioner-init writes ca.json; --declared names it")
 		}
 	}
 	client, err := l.client(ctx, time.Now(), log)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	replicas, err := client.Replicas(ctx)
 	if err != nil {
-		return l.explain(err)
+		return nil, l.explain(err)
 	}
 	var verdicts []verdict
 	for _, address := range slices.SortedFunc(maps.Keys(replicas), netip.Addr.Compare) {
 		live, err := provisionersOf(ctx, replicas[address])
 		if err != nil {
-			return l.explain(err)
+			return nil, l.explain(err)
 		}
 		verdicts = merge(verdicts, compare(declared, live, l.declared != ""), address.String())
 	}
 	everywhere(verdicts, len(replicas))
-	if err := l.print(verdicts); err != nil {
-		return fmt.Errorf("printing the provisioners: %w", err)
-	}
-	return judge(ctx, verdicts, log)
+	return verdicts, nil
 }
 
 func provisionersOf(ctx context.Context, client *stepca.Client) ([]object, error) {
@@ -309,20 +318,29 @@ func judge(ctx context.Context, verdicts []verdict, log *slog.Logger) error {
 			log.LogAttrs(ctx, slog.LevelWarn, "the CA could not initialise a provisioner, which refuses everybody until the CA reads ca.json again",
 				slog.String("name", v.Name+v.where()), slog.String("reason", v.Reason), slog.String("hint", initHint(v)))
 		}
-		switch v.Declared {
-		case missing:
-			problems = append(problems, fmt.Errorf("provisioner %q is declared and the CA does not have it%s", v.Name, v.where()))
-		case undeclared:
-			problems = append(problems, fmt.Errorf("provisioner %q is not declared and the CA has it%s", v.Name, v.where()))
-		case differs:
-			problems = append(problems, fmt.Errorf("provisioner %q is not as declared: %s%s", v.Name, strings.Join(v.Fields, ", "), v.where()))
+		if err := v.drift(); err != nil {
+			problems = append(problems, err)
 		}
 	}
 	if len(problems) == 0 {
 		return nil
 	}
-	return oneshot.WithHint(oneshot.WithExitCode(errors.Join(problems...), oneshot.ExitDrift),
-		`"make init" makes the CA take what is declared; "docker compose logs step-ca" tells why it did not`)
+	return oneshot.WithHint(oneshot.WithExitCode(errors.Join(problems...), oneshot.ExitDrift), driftHint)
+}
+
+const driftHint = `"make init" makes the CA take what is declared; "docker compose logs step-ca" tells why it did not`
+
+// drift says what is not as declared.
+func (v verdict) drift() error {
+	switch v.Declared {
+	case missing:
+		return fmt.Errorf("provisioner %q is declared and the CA does not have it%s", v.Name, v.where())
+	case undeclared:
+		return fmt.Errorf("provisioner %q is not declared and the CA has it%s", v.Name, v.where())
+	case differs:
+		return fmt.Errorf("provisioner %q is not as declared: %s%s", v.Name, strings.Join(v.Fields, ", "), v.where())
+	}
+	return nil
 }
 
 func initHint(v verdict) string {

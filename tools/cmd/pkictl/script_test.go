@@ -1,3 +1,5 @@
+//go:build linux
+
 package main
 
 import (
@@ -23,6 +25,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -35,11 +38,13 @@ import (
 	"github.com/smallstep/certificates/authority/provisioner"
 	"github.com/smallstep/certificates/ca"
 	"github.com/stretchr/testify/require"
+	"go.step.sm/crypto/x509util"
 	"golang.org/x/crypto/acme"
 	"golang.org/x/crypto/ssh"
 
 	"github.com/infra-pki/infra-pki/tools/internal/config"
 	"github.com/infra-pki/infra-pki/tools/internal/dotenv"
+	"github.com/infra-pki/infra-pki/tools/internal/host"
 	"github.com/infra-pki/infra-pki/tools/internal/postgres"
 	"github.com/infra-pki/infra-pki/tools/internal/postgrestest"
 	"github.com/infra-pki/infra-pki/tools/internal/stepca"
@@ -63,7 +68,13 @@ func TestScripts(t *testing.T) {
 			return os.WriteFile(filepath.Join(env.WorkDir, "password"), []byte(stepcatest.Password), 0o600)
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"ca": startCA, "closer": startCloser, "stat": stat, "secrets": secrets,
+			"ca": startCA, "closer": startCloser, "stat": stat, "secrets": secrets, "host": joined, "sshd": startSSHD, "stale": stale,
+		},
+		Condition: func(name string) (bool, error) {
+			if name != "sshd" {
+				return false, fmt.Errorf("unknown condition %q", name)
+			}
+			return haveSSHD()
 		},
 	})
 }
@@ -83,7 +94,8 @@ func TestScriptsWithDatabase(t *testing.T) {
 // startCA NAME [SWITCH...]: an authority in $WORK/NAME whose address is $NAME, with
 // its configuration in $WORK/NAME/ca.json. Switches: eab for an ACME provisioner
 // that demands a binding, oidc for one whose provider is away, enroller for a JWK
-// provisioner ssh-host-jwk. In a script with a database the authority works on it
+// provisioner ssh-host-jwk, ssh for all of SSH, brief for certificates that are good for
+// seconds (without ca.json). In a script with a database the authority works on it
 // and signs for SSH.
 func startCA(ts *testscript.TestScript, _ bool, args []string) {
 	dir := ts.MkAbs(args[0])
@@ -101,10 +113,19 @@ func startCA(ts *testscript.TestScript, _ bool, args []string) {
 				Type: "OIDC", Name: "sso", ClientID: "step-ca", ClientSecret: "hunter2",
 				ConfigurationEndpoint: "https://127.0.0.1:1/.well-known/openid-configuration",
 			})
+		case "brief": // certificates may be good for seconds
+			brief := provisioner.Duration{Duration: time.Second}
+			o.Adjust = func(c *authorityconfig.Config) { c.AuthorityConfig.Claims = &provisioner.Claims{MinTLSDur: &brief} }
 		case "enroller":
 			jwk, err := stepcatest.JWK("ssh-host-jwk")
 			ts.Check(err)
 			o.Provisioners = append(o.Provisioners, jwk)
+		case "ssh":
+			jwk, err := stepcatest.JWK("ssh-host-jwk")
+			ts.Check(err)
+			o.SSH = true
+			jwk.Claims = &provisioner.Claims{EnableSSHCA: &o.SSH}
+			o.Provisioners = append(o.Provisioners, jwk, stepcatest.SSHPOP())
 		default:
 			ts.Fatalf("ca: unknown switch %q", name)
 		}
@@ -167,6 +188,33 @@ func issue(ts *testscript.TestScript, _ bool, args []string) {
 		pairs = append(pairs, fmt.Sprintf("%02X", b))
 	}
 	ts.Setenv("hex", strings.Join(pairs, ":"))
+}
+
+// joined CA DIR LIFETIME RELOAD: DIR is what "pkictl join" leaves on a host with one TLS
+// certificate, web.crt with web.key, both of them in DIR.
+func joined(ts *testscript.TestScript, _ bool, args []string) {
+	url, dir := ts.Getenv(args[0]), ts.MkAbs(args[1])
+	lifetime, err := time.ParseDuration(args[2])
+	ts.Check(err)
+	bundle, err := trustbundle.Read(filepath.Join(ts.MkAbs(args[0]), "certs", "root_ca.crt"), time.Now())
+	ts.Check(err)
+	client, err := stepca.New(url, bundle.Roots()...)
+	ts.Check(err)
+	jwk, err := client.JWK(context.Background(), stepcatest.Provisioner, stepcatest.Password)
+	ts.Check(err)
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	ts.Check(err)
+	cert, err := client.Issue(context.Background(), jwk, "web.internal", lifetime, key)
+	ts.Check(err)
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	ts.Check(err)
+	web := host.TLS{Names: []string{"web.internal"}, Cert: filepath.Join(dir, "web.crt"), Key: filepath.Join(dir, "web.key"), Reload: args[3]}
+	ts.Check(os.MkdirAll(dir, 0o750))
+	ts.Check(os.WriteFile(web.Cert, trustbundle.PEM(cert.Chain...), 0o600))
+	ts.Check(os.WriteFile(web.Key, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600))
+	ts.Check(os.WriteFile(host.Root(dir), bundle.PEM(), 0o600))
+	_, err = host.Record{CAURL: url, Fingerprint: x509util.Fingerprint(bundle.Current()), TLS: []host.TLS{web}}.Save(dir)
+	ts.Check(err)
 }
 
 // register CA FILE: an ACME account, with the key that FILE holds as "eab add" prints it.
@@ -249,6 +297,19 @@ func TestEverySubcommandHelps(t *testing.T) {
 			require.Contains(t, cmd.usage, "\nExamples:\n  ")
 			require.Contains(t, help(), cmd.summary)
 		})
+	}
+}
+
+// What changes something has a dry run, or is one until it is told --apply.
+func TestEverySubcommandThatChangesSomethingHasADryRun(t *testing.T) {
+	changesNothing := []string{
+		"acme eab list", "backup verify", "ca status", "completion", "probe", "provisioners", "status", "token", "trust status",
+		// Each makes one new file or row and replaces nothing; "make backup" and "make backup-key" are made of them.
+		"backup create", "backup keygen", "backup record", "backup store",
+	}
+	for name := range commands {
+		names, _ := flagsOf(name)
+		require.True(t, slices.Contains(changesNothing, name) || slices.Contains(names, "dry-run") || slices.Contains(names, "apply"), name)
 	}
 }
 

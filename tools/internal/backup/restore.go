@@ -31,6 +31,7 @@ type Target struct {
 	Migrations string            // directory
 	// KeepDatabase: it is there, belongs to the same root, and is newer than the archive.
 	KeepDatabase bool
+	DryRun       bool // verify the archive and look at the stack, write nothing
 	Log          *slog.Logger
 }
 
@@ -71,7 +72,7 @@ func Restore(ctx context.Context, archive io.ReadSeeker, identities []age.Identi
 		if err := sameRoot(ctx, conn, c); err != nil {
 			return nil, err
 		}
-		return c, volumes.apply(ctx, t.report)
+		return c, volumes.apply(ctx, t.DryRun, t.report)
 	}
 	if err := t.database(ctx, conn, c, func(each func(string, io.Reader) error) (*Contents, error) {
 		if _, err := archive.Seek(0, io.SeekStart); err != nil {
@@ -81,7 +82,7 @@ func Restore(ctx context.Context, archive io.ReadSeeker, identities []age.Identi
 	}); err != nil {
 		return nil, err
 	}
-	return c, volumes.apply(ctx, t.report)
+	return c, volumes.apply(ctx, t.DryRun, t.report)
 }
 
 // sameRoot demands a database that belongs to the archive's CA.
@@ -109,6 +110,10 @@ func (t Target) database(ctx context.Context, conn *pgx.Conn, c *Contents, again
 	}
 	if done {
 		t.report(ctx, "unchanged", item)
+		return nil
+	}
+	if t.DryRun {
+		t.report(ctx, "would be created", item, slog.Int("tables", len(c.Tables)))
 		return nil
 	}
 	if err := migrateTo(ctx, conn, t.Migrations, c.Schema); err != nil {
@@ -341,10 +346,14 @@ func (p *planned) others(part, dir string) (names []string, err error) {
 	return names, nil
 }
 
-func (p *planned) apply(ctx context.Context, report func(context.Context, string, string, ...slog.Attr)) error {
+func (p *planned) apply(ctx context.Context, dryRun bool, report func(context.Context, string, string, ...slog.Attr)) error {
 	for _, f := range p.files {
 		if f.there {
 			report(ctx, string(durable.Unchanged), f.item)
+			continue
+		}
+		if dryRun {
+			report(ctx, "would be created", f.item)
 			continue
 		}
 		if err := os.MkdirAll(filepath.Dir(f.path), 0o755); err != nil { //nolint:gosec // G301: containers of another user read provisioners and templates
@@ -359,8 +368,8 @@ func (p *planned) apply(ctx context.Context, report func(context.Context, string
 }
 
 // Unpack writes .env and the operator's files into a checkout. What is there already
-// has to be the same; nothing is overwritten.
-func (c *Contents) Unpack(ctx context.Context, checkout string, log *slog.Logger) error {
+// has to be the same; nothing is overwritten. In a dry run it only says what it would do.
+func (c *Contents) Unpack(ctx context.Context, checkout string, dryRun bool, log *slog.Logger) error {
 	p := &planned{}
 	var differ []string
 	for _, f := range c.Files {
@@ -392,5 +401,5 @@ func (c *Contents) Unpack(ctx context.Context, checkout string, log *slog.Logger
 		return oneshot.WithHint(fmt.Errorf("other files are there already: %s", strings.Join(differ, ", ")),
 			"nothing was changed; move them away, and put back what you need of them after the restore")
 	}
-	return p.apply(ctx, Target{Log: log}.report)
+	return p.apply(ctx, dryRun, Target{Log: log}.report)
 }

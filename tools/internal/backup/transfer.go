@@ -14,7 +14,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"syscall"
 	"time"
 
 	"github.com/infra-pki/infra-pki/tools/internal/durable"
@@ -98,7 +97,7 @@ func Store(r io.Reader, dir string) (receipt *Receipt, err error) {
 		return nil, oneshot.WithHint(fmt.Errorf("storing the backup: %w", err), "BACKUP_DIR is the directory that backups are written to: make it, for yourself alone")
 	}
 	defer handle.Close() //nolint:errcheck // nothing was written through this handle
-	if err := syscall.Flock(int(handle.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+	if err := lock(handle); err != nil {
 		return nil, oneshot.WithHint(fmt.Errorf("storing the backup: another one is being written to %q", dir), "wait until it is done")
 	}
 	const temporary = "infra-pki"

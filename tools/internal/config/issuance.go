@@ -207,7 +207,7 @@ func (p Policy) Restricts() bool { return len(p.DNS)+len(p.IPs)+len(p.Emails) > 
 // IDNA refuses (RFC 5891): with such a one it would not start.
 func dnsName(s string) bool {
 	_, err := idna.Lookup.ToASCII(s)
-	return err == nil && hostName(s) && !strings.Contains(s, "_")
+	return err == nil && HostName(s) && !strings.Contains(s, "_")
 }
 
 // The part of an address before the @ (RFC 5322 section 3.2.3, dot-atom), without the

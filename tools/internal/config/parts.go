@@ -157,7 +157,7 @@ func (r *Reader) CA() CA {
 		r.problem("DOMAIN_CA", "ca.internal", "is missing")
 	case ca.Domain == "example.com" || strings.HasSuffix(ca.Domain, ".example.com"):
 		r.problem("DOMAIN_CA", "ca.internal", "is still a placeholder: %q", ca.Domain)
-	case !hostName(ca.Domain):
+	case !HostName(ca.Domain):
 		r.problem("DOMAIN_CA", "ca.internal", "is not a host name: %q", ca.Domain)
 	}
 	// localhost serves the health checks inside the containers, step-ca the other
@@ -168,7 +168,7 @@ func (r *Reader) CA() CA {
 		if strings.HasPrefix(name, CRLPrefix) {
 			r.problem("PKI_DNS_NAMES", "ca.lan,192.0.2.10", "or DOMAIN_CA has a name that begins with %s, which the edge keeps for the CRL: %q", CRLPrefix, name)
 		}
-		if _, err := netip.ParseAddr(name); err != nil && !hostName(name) && name != ca.Domain {
+		if _, err := netip.ParseAddr(name); err != nil && !HostName(name) && name != ca.Domain {
 			r.problem("PKI_DNS_NAMES", "ca.lan,192.0.2.10", "has an item that is neither a host name nor an address: %q", name)
 		}
 		if !slices.Contains(ca.Names, name) {
@@ -207,7 +207,8 @@ func (r *Reader) order(ls ...lifetime) {
 // Labels as in RFC 1123 section 2.1, with the underscore that Docker allows.
 var label = regexp.MustCompile(`^[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?$`)
 
-func hostName(s string) bool {
+// HostName says whether s is one, in lower case.
+func HostName(s string) bool {
 	if len(s) > 253 || s == "" {
 		return false
 	}

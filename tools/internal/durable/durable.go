@@ -132,6 +132,14 @@ func place(path string, data []byte, mode fs.FileMode, publish func(from, to str
 	return syncDir(dir)
 }
 
+// Rename puts a file that is whole in the place of another one in the same directory.
+func Rename(from, to string) error {
+	if err := os.Rename(from, to); err != nil {
+		return fmt.Errorf("writing %q: %w", to, cause(err))
+	}
+	return syncDir(filepath.Dir(to))
+}
+
 // cause leaves out the name of the temporary file, which says nothing to anyone.
 func cause(err error) error {
 	var path *fs.PathError

@@ -111,10 +111,15 @@ func CheckReference(s string) error {
 	return nil
 }
 
+// DB is a connection, or a transaction that its owner may roll back.
+type DB interface {
+	Begin(ctx context.Context) (pgx.Tx, error)
+}
+
 // Add makes a key and returns its secret, which exists nowhere else but in the
 // database. Of several keys with the same reference at most one is unused, and the
 // index names the newest.
-func Add(ctx context.Context, conn *pgx.Conn, ref string, now time.Time) (id string, secret []byte, err error) {
+func Add(ctx context.Context, conn DB, ref string, now time.Time) (id string, secret []byte, err error) {
 	if err := CheckReference(ref); err != nil {
 		return "", nil, fmt.Errorf("reference %q: %w", ref, err)
 	}
@@ -239,7 +244,7 @@ func list(ctx context.Context, conn *pgx.Conn) ([]Key, error) {
 // step-ca reads a key, registers the account and then marks the key. A registration
 // that has read the key already fails then, and its account orders nothing
 // (postgres/migrations/010_eab_once.sql).
-func Revoke(ctx context.Context, conn *pgx.Conn, id string, deactivate bool, now time.Time) (Key, bool, error) {
+func Revoke(ctx context.Context, conn DB, id string, deactivate bool, now time.Time) (Key, bool, error) {
 	var (
 		result  Key
 		changed bool

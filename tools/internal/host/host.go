@@ -37,9 +37,10 @@ type Record struct {
 
 // SSH is the part of sshd.
 type SSH struct {
-	Names  []string `json:"names"`   // principals of the host certificates
-	Keys   []string `json:"keys"`    // private host keys; the certificate of KEY is KEY-cert.pub
-	DropIn string   `json:"drop_in"` // in sshd_config.d
+	Names  []string `json:"names"`            // principals of the host certificates
+	Keys   []string `json:"keys"`             // private host keys; the certificate of KEY is KEY-cert.pub
+	DropIn string   `json:"drop_in"`          // in sshd_config.d
+	Config string   `json:"config,omitempty"` // of sshd; its own default if empty
 }
 
 // TLS is one TLS certificate with its key.
@@ -50,6 +51,8 @@ type TLS struct {
 	Owner  string   `json:"owner,omitempty"`  // of both files, USER or USER:GROUP; root if empty
 	Mode   string   `json:"mode,omitempty"`   // of the key, octal; 0600 if empty
 	Reload string   `json:"reload,omitempty"` // shell command to run when they changed
+	// ReloadPending: "join" has still to run it.
+	ReloadPending bool `json:"reload_pending,omitempty"`
 }
 
 // ErrNotJoined says that there is no record.
@@ -72,16 +75,27 @@ func Load(dir string) (Record, error) {
 	return r, nil
 }
 
-// Save writes the record to dir, whole or not at all.
-func (r Record) Save(dir string) (durable.Outcome, error) {
+// Encode is the content of the record's file.
+func (r Record) Encode() ([]byte, error) {
 	data, err := json.MarshalIndent(r, "", "  ")
 	if err != nil {
-		return "", fmt.Errorf("writing the host's record: %w", err)
+		return nil, fmt.Errorf("writing the host's record: %w", err)
 	}
-	return durable.WriteIfChanged(filepath.Join(dir, recordName), append(data, '\n'), 0o644)
+	return append(data, '\n'), nil
 }
 
-// Root is where the CA's roots lie, UserCA the keys that sign user certificates.
+// Save writes the record to dir, whole or not at all.
+func (r Record) Save(dir string) (durable.Outcome, error) {
+	data, err := r.Encode()
+	if err != nil {
+		return "", err
+	}
+	return durable.WriteIfChanged(Path(dir), data, 0o644)
+}
+
+// Path is where the record lies, Root the CA's roots, UserCA the keys that sign user
+// certificates.
+func Path(dir string) string   { return filepath.Join(dir, recordName) }
 func Root(dir string) string   { return filepath.Join(dir, rootName) }
 func UserCA(dir string) string { return filepath.Join(dir, userCAName) }
 

@@ -49,9 +49,9 @@ func execute(ctx context.Context, name string, run Run, args []string, stderr io
 		last.WriteString(name + ": hint: " + h + "\n")
 	}
 	_, _ = io.WriteString(stderr, last.String()) // the exit code still tells
-	var coded interface{ ExitCode() int }
+	var coded *exitError                         // not that of a command that was run: exec.ExitError has a code as well
 	if errors.As(err, &coded) {
-		return coded.ExitCode()
+		return coded.code
 	}
 	return ExitFailed
 }

@@ -106,24 +106,29 @@ func (c *Client) Replicas(ctx context.Context) (map[netip.Addr]*Client, error) {
 	return replicas, nil
 }
 
-// client makes an HTTP client that shows certs, if any, to the CA. No proxy is
-// asked: the CA judges by address who is calling.
+// client makes an HTTP client that shows certs, if any, to the CA.
 func (c *Client) client(certs ...tls.Certificate) *http.Client {
-	var dialer net.Dialer
 	return &http.Client{
-		Timeout: requestTimeout,
-		Transport: &http.Transport{
-			DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
-				if c.at.IsValid() {
-					address = net.JoinHostPort(c.at.String(), c.port)
-				}
-				return dialer.DialContext(ctx, network, address)
-			},
-			TLSClientConfig:   &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: c.roots, Certificates: certs},
-			ForceAttemptHTTP2: true,
-			IdleConnTimeout:   requestTimeout,
-		},
+		Timeout:       requestTimeout,
+		Transport:     c.Transport(certs...),
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+}
+
+// Transport connects to the CA, verifies it against the roots and shows it certs, if
+// any. No proxy is asked: the CA judges by address who is calling.
+func (c *Client) Transport(certs ...tls.Certificate) *http.Transport {
+	var dialer net.Dialer
+	return &http.Transport{
+		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+			if c.at.IsValid() {
+				address = net.JoinHostPort(c.at.String(), c.port)
+			}
+			return dialer.DialContext(ctx, network, address)
+		},
+		TLSClientConfig:   &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: c.roots, Certificates: certs},
+		ForceAttemptHTTP2: true,
+		IdleConnTimeout:   requestTimeout,
 	}
 }
 
@@ -145,6 +150,25 @@ func (c *Client) Health(ctx context.Context) error {
 // RootsPEM returns the roots that the CA serves, unparsed.
 func (c *Client) RootsPEM(ctx context.Context) ([]byte, error) {
 	return c.do(ctx, c.http, http.MethodGet, "/roots.pem", nil)
+}
+
+// UnverifiedRoot asks the CA at rawURL for the root with a fingerprint, lower hex. It
+// needs no root to start from, so it takes the word of whatever answers: what comes
+// back is worth nothing until it is compared with the fingerprint.
+func UnverifiedRoot(ctx context.Context, rawURL, fingerprint string) ([]byte, error) {
+	c, err := New(rawURL)
+	if err != nil {
+		return nil, err
+	}
+	client := c.client()
+	client.Transport.(*http.Transport).TLSClientConfig.InsecureSkipVerify = true //nolint:gosec,errcheck // see above; the transport is ours
+	var answer struct {
+		PEM string `json:"ca"`
+	}
+	if err := c.json(ctx, client, http.MethodGet, "/root/"+fingerprint, nil, &answer); err != nil {
+		return nil, err
+	}
+	return []byte(answer.PEM), nil
 }
 
 // SSHKeys are the public keys of the SSH CA.
@@ -211,7 +235,7 @@ func (c *Client) do(ctx context.Context, client *http.Client, method, path strin
 	}
 	resp, err := client.Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("asking %q: %w", target, classify(err))
+		return nil, fmt.Errorf("asking %q: %w", target, Classify(err))
 	}
 	defer resp.Body.Close() //nolint:errcheck // read only
 	data, err := io.ReadAll(io.LimitReader(resp.Body, maxBody+1))
@@ -240,8 +264,9 @@ func message(data []byte) string {
 	return e.Message
 }
 
-// classify says what kind of failure err is. Errors that fit nowhere stay as they are.
-func classify(err error) error {
+// Classify says what kind of failure err is: one of the reasons above, or, for errors
+// that fit nowhere, err as it is.
+func Classify(err error) error {
 	var (
 		outer     *url.Error
 		op        *net.OpError

@@ -107,17 +107,14 @@ func TestRealCA(t *testing.T) {
 			require.Contains(t, status.Message, "more than the authorized maximum certificate duration")
 		})
 		t.Run("and a certificate is verified against name, key and roots", func(t *testing.T) {
-			require.ErrorContains(t, c.verify(first, "other.internal"), "not other.internal")
-			stolen := &Certificate{Chain: first.Chain, key: func() *ecdsa.PrivateKey {
-				k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-				require.NoError(t, err)
-				return k
-			}()}
-			require.EqualError(t, c.verify(stolen, "host.internal"), "it is for another key")
+			require.ErrorContains(t, c.Verify(first.Chain, key.Public(), "other.internal"), "not other.internal")
+			stolen, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+			require.NoError(t, err)
+			require.EqualError(t, c.Verify(first.Chain, stolen.Public(), "host.internal"), "it is for another key")
 			stranger, err := New(ca.URL, other.Root)
 			require.NoError(t, err)
-			require.ErrorContains(t, stranger.verify(first, "host.internal"), "unknown authority")
-			require.EqualError(t, c.verify(&Certificate{key: key}, "host.internal"), "there is none in the answer")
+			require.ErrorContains(t, stranger.Verify(first.Chain, key.Public(), "host.internal"), "unknown authority")
+			require.EqualError(t, c.Verify(nil, key.Public(), "host.internal"), "there is none in the answer")
 		})
 	})
 }

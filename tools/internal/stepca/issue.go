@@ -30,6 +30,7 @@ var (
 	ErrPassword = errors.New("wrong password")
 )
 
+// tokenLifetime is for tokens that are used at once.
 const tokenLifetime = 5 * time.Minute
 
 // JWK finds a JWK provisioner by name and opens its key.
@@ -72,9 +73,38 @@ func (c *Client) encryptedKey(ctx context.Context, name string) (string, error) 
 	return "", ErrNoProvisioner
 }
 
+// Host is what a one-time token for a host is about.
+type Host struct {
+	CAURL       string   // as the host knows it; its name must be one of the CA's own
+	Fingerprint string   // of the root
+	Names       []string // DNS names and addresses, the host's own first
+	Lifetime    time.Duration
+}
+
+// SSHHostToken makes a one-time token for an SSH host certificate.
+func (p *JWK) SSHHostToken(h Host) (string, error) {
+	return p.hostToken(h, "/1.0/ssh/sign", map[string]any{
+		"step": map[string]any{"ssh": map[string]any{"certType": "host", "keyID": h.Names[0], "principals": h.Names}},
+	})
+}
+
+// TLSToken makes a one-time token for a TLS certificate.
+func (p *JWK) TLSToken(h Host) (string, error) {
+	return p.hostToken(h, "/1.0/sign", map[string]any{"sans": h.Names})
+}
+
+func (p *JWK) hostToken(h Host, path string, further map[string]any) (string, error) {
+	further["sha"] = h.Fingerprint
+	token, err := p.token(h.CAURL+path, h.Names[0], further, h.Lifetime, time.Now())
+	if err != nil {
+		return "", fmt.Errorf("making a one-time token: %w", err)
+	}
+	return token, nil
+}
+
 // token makes a one-time token. audience is the URL that it is meant for; further
 // claims are step-ca's own.
-func (p *JWK) token(audience, subject string, further map[string]any, now time.Time) (string, error) {
+func (p *JWK) token(audience, subject string, further map[string]any, lifetime time.Duration, now time.Time) (string, error) {
 	opts := new(jose.SignerOptions).WithType("JWT").WithHeader("kid", p.key.KeyID)
 	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.SignatureAlgorithm(p.key.Algorithm), Key: p.key.Key}, opts)
 	if err != nil {
@@ -83,7 +113,7 @@ func (p *JWK) token(audience, subject string, further map[string]any, now time.T
 	return jose.Signed(signer).Claims(jose.Claims{
 		Issuer: p.name, Subject: subject, Audience: jose.Audience{audience}, ID: rand.Text(),
 		IssuedAt: jose.NewNumericDate(now), NotBefore: jose.NewNumericDate(now),
-		Expiry: jose.NewNumericDate(now.Add(tokenLifetime)),
+		Expiry: jose.NewNumericDate(now.Add(lifetime)),
 	}).Claims(further).CompactSerialize()
 }
 
@@ -105,7 +135,7 @@ type signRequest struct {
 // Issue asks for a certificate for the DNS name, with a token of p, and verifies it.
 // With a lifetime of 0 the CA decides.
 func (c *Client) Issue(ctx context.Context, p *JWK, name string, lifetime time.Duration, key crypto.Signer) (*Certificate, error) {
-	token, err := p.token(c.base+"/1.0/sign", name, map[string]any{"sans": []string{name}}, time.Now())
+	token, err := p.token(c.base+"/1.0/sign", name, map[string]any{"sans": []string{name}}, tokenLifetime, time.Now())
 	if err != nil {
 		return nil, fmt.Errorf("making a one-time token: %w", err)
 	}
@@ -158,30 +188,34 @@ func (c *Client) obtain(ctx context.Context, client *http.Client, path, name str
 		}
 		cert.Chain = append(cert.Chain, x)
 	}
-	if err := c.verify(cert, name); err != nil {
+	if err := c.Verify(cert.Chain, key.Public(), name); err != nil {
 		return nil, fmt.Errorf("verifying the certificate from %q: %w", c.base+path, err)
 	}
 	return cert, nil
 }
 
-// verify holds a certificate against the roots, its name, its key and its purposes.
-func (c *Client) verify(cert *Certificate, name string) error {
-	if len(cert.Chain) == 0 {
+// Verify holds a chain, leaf first, against the roots, the names that it was asked
+// for (DNS names and addresses), its key and its purposes.
+func (c *Client) Verify(chain []*x509.Certificate, key crypto.PublicKey, names ...string) error {
+	if len(chain) == 0 {
 		return errors.New("there is none in the answer")
 	}
-	leaf, intermediates := cert.Leaf(), x509.NewCertPool()
-	for _, x := range cert.Chain[1:] {
+	leaf, intermediates := chain[0], x509.NewCertPool()
+	for _, x := range chain[1:] {
 		intermediates.AddCert(x)
 	}
 	for _, usage := range []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth} {
-		_, err := leaf.Verify(x509.VerifyOptions{
-			DNSName: name, Roots: c.roots, Intermediates: intermediates, KeyUsages: []x509.ExtKeyUsage{usage},
-		})
+		_, err := leaf.Verify(x509.VerifyOptions{Roots: c.roots, Intermediates: intermediates, KeyUsages: []x509.ExtKeyUsage{usage}})
 		if err != nil {
 			return err
 		}
 	}
-	pub, ok := cert.key.Public().(interface{ Equal(crypto.PublicKey) bool })
+	for _, name := range names {
+		if err := leaf.VerifyHostname(name); err != nil {
+			return err
+		}
+	}
+	pub, ok := key.(interface{ Equal(crypto.PublicKey) bool })
 	switch {
 	case !ok || !pub.Equal(leaf.PublicKey):
 		return errors.New("it is for another key")

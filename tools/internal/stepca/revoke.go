@@ -23,7 +23,7 @@ func (c *Client) Revoke(ctx context.Context, p *JWK, r Revocation) error {
 	if r.SSH {
 		path = "/1.0/ssh/revoke"
 	}
-	token, err := p.token(c.base+path, r.Serial, nil, time.Now())
+	token, err := p.token(c.base+path, r.Serial, nil, tokenLifetime, time.Now())
 	if err != nil {
 		return fmt.Errorf("making a one-time token: %w", err)
 	}

@@ -31,7 +31,9 @@ const (
 	label        = "infra-pki.e2e"
 	projectLabel = "com.docker.compose.project"
 
-	clientImage = "infra-pki/e2e-client:local"
+	clientImage  = "infra-pki/e2e-client:local"
+	machineImage = "infra-pki/e2e-host:local"
+	toolsImage   = "infra-pki/tools:local"
 
 	// Longer than any single command takes.
 	patience = 4 * time.Minute
@@ -131,7 +133,7 @@ var need = sync.OnceValue(func() error {
 	if _, err := docker("compose", "version"); err != nil {
 		return fmt.Errorf("Docker with Compose v2 is needed: %w", err)
 	}
-	if _, err := docker("image", "inspect", "infra-pki/tools:local", "infra-pki/caddy:local"); err != nil {
+	if _, err := docker("image", "inspect", toolsImage, "infra-pki/caddy:local"); err != nil {
 		return errors.New("the images are missing: make images")
 	}
 	used.Store(true)

@@ -147,11 +147,11 @@ func (s *Stack) Compose(args ...string) Result {
 	return r
 }
 
-// Make runs a target of the Makefile on this stack.
-func (s *Stack) Make(target string) Result {
+// Make runs a target of the Makefile on this stack, with variables if there are any.
+func (s *Stack) Make(target string, variables ...string) Result {
 	s.t.Helper()
 	r, err := run(working, command{
-		args: []string{"make", "-C", Repository(), target, "COMPOSE=" + strings.Join(s.compose(), " ")},
+		args: append([]string{"make", "--no-print-directory", "-C", Repository(), target, "COMPOSE=" + strings.Join(s.compose(), " ")}, variables...),
 		env:  s.env.process(),
 	})
 	require.NoError(s.t, err)

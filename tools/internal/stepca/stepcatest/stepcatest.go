@@ -67,6 +67,13 @@ func JWK(name string) (*provisioner.JWK, error) {
 	return &provisioner.JWK{Type: "JWK", Name: name, Key: public, EncryptedKey: encrypted}, err
 }
 
+// SSHPOP is the provisioner by which SSH host certificates renew themselves. It
+// wants Options.SSH.
+func SSHPOP() provisioner.Interface {
+	enabled := true
+	return &provisioner.SSHPOP{Type: "SSHPOP", Name: "ssh-pop", Claims: &provisioner.Claims{EnableSSHCA: &enabled}}
+}
+
 // New makes keys and certificates below dir. The CA does not serve before Start.
 func New(dir string, o Options) (*CA, error) {
 	pki, err := minica.New(minica.WithName("Test"))
