@@ -30,6 +30,7 @@ type Client struct {
 var (
 	buildClient  = sync.OnceValue(func() error { return build(clientImage, "client") })
 	buildMachine = sync.OnceValue(func() error { return build(machineImage, "host") })
+	buildDesktop = sync.OnceValue(func() error { return build(desktopImage, "desktop") })
 	// pkictl is a file with the program, got as "make pkictl" gets it.
 	pkictl = sync.OnceValues(func() (string, error) {
 		dir := directory(fmt.Sprintf("%s%d-pkictl", prefix, os.Getpid()))
@@ -80,6 +81,17 @@ func (s *Stack) Machine(name string) *Client {
 	program, err := pkictl()
 	require.NoError(s.t, err)
 	c := s.start(machineImage, name, []string{"--init"})
+	c.Copy(program, "/usr/local/bin/pkictl")
+	return c
+}
+
+// Desktop starts a machine with a browser, Java and pkictl.
+func (s *Stack) Desktop(name string) *Client {
+	s.t.Helper()
+	require.NoError(s.t, buildDesktop())
+	program, err := pkictl()
+	require.NoError(s.t, err)
+	c := s.start(desktopImage, name, []string{"--init"})
 	c.Copy(program, "/usr/local/bin/pkictl")
 	return c
 }

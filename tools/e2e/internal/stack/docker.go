@@ -33,6 +33,7 @@ const (
 
 	clientImage  = "infra-pki/e2e-client:local"
 	machineImage = "infra-pki/e2e-host:local"
+	desktopImage = "infra-pki/e2e-desktop:local"
 	toolsImage   = "infra-pki/tools:local"
 
 	// Longer than any single command takes.
