@@ -129,7 +129,7 @@ func place(path string, data []byte, mode fs.FileMode, publish func(from, to str
 	if err := publish(tmp.Name(), path); err != nil {
 		return fmt.Errorf("writing %q: %w", path, cause(err))
 	}
-	return syncDir(dir)
+	return SyncDir(dir)
 }
 
 // cause leaves out the name of the temporary file, which says nothing to anyone.
@@ -145,7 +145,8 @@ func cause(err error) error {
 	return err
 }
 
-func syncDir(dir string) error {
+// SyncDir makes the names in a directory last.
+func SyncDir(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {
 		return fmt.Errorf("syncing directory: %w", err)
