@@ -18,13 +18,17 @@ import (
 func (j *Journal) replay(ctx context.Context, tx pgx.Tx, migrate func(version int32) error) error {
 	p := &replayer{conn: tx.Conn().PgConn(), prepared: map[string]string{}}
 	var at time.Time
+	var migrated bool
 	return j.each(func(r *record) error {
 		if r.Op == opBegin {
-			at = *r.Time
-			// Before the changes of the same transaction, which are of the new tables already.
+			at, migrated = *r.Time, false
 			if version, ok := j.schemas[r.LSN]; ok {
+				migrated = true
 				return migrate(version)
 			}
+		}
+		if migrated {
+			return nil // what the migration did to the rows, it has done again
 		}
 		if err := p.apply(ctx, r); err != nil {
 			return fmt.Errorf("replaying what was committed at %s: %w", at.UTC().Format(time.RFC3339), err)
@@ -41,9 +45,6 @@ type replayer struct {
 }
 
 func (p *replayer) apply(ctx context.Context, r *record) error {
-	if r.Table == versionTable {
-		return nil // by the migration
-	}
 	schema, relation, _ := strings.Cut(r.Table, ".")
 	into := pgx.Identifier{schema, relation}.Sanitize()
 	s := &statement{}

@@ -175,14 +175,17 @@ func (t Target) replay(ctx context.Context, tx pgx.Tx, c *Contents, j *Journal, 
 	schema := c.Schema
 	err := j.replay(ctx, tx, func(version int32) error {
 		// As the migrator would, but within this transaction.
+		steps := []string{"set local session_replication_role = origin"}
 		for ; schema < version; schema++ {
-			m := migrations[schema]
-			if _, err := tx.Exec(ctx, m.UpSQL); err != nil {
-				return fmt.Errorf("applying migration %s: %w", m.Name, err)
+			steps = append(steps, migrations[schema].UpSQL)
+		}
+		steps = append(steps, "set local session_replication_role = replica", fmt.Sprintf("update %s set version = %d", versionTable, version))
+		for _, step := range steps {
+			if _, err := tx.Exec(ctx, step); err != nil {
+				return fmt.Errorf("bringing the schema to version %d, as the journal does: %w", version, err)
 			}
 		}
-		_, err := tx.Exec(ctx, "update "+versionTable+" set version = $1", version)
-		return err
+		return nil
 	})
 	if err != nil {
 		return err
