@@ -320,6 +320,26 @@ func TestServerThatStopsIsNotHeldUp(t *testing.T) {
 	require.Equal(t, "a b", used(t, d))
 }
 
+// A journal that is switched off leaves nothing; one that runs is left alone.
+func TestDropJournal(t *testing.T) {
+	j := newJournaled(t)
+	j.start(t)
+	drop := func() string {
+		var said bytes.Buffer
+		require.NoError(t, postgres.DropJournal(t.Context(), j.d.Owner(t), slog.New(slog.NewTextHandler(&said, nil))))
+		return said.String()
+	}
+	require.Contains(t, drop(), `level=WARN msg="a journal is being written, and COMPOSE_FILE names none"`)
+	j.use(t, "a")
+	j.caughtUp(t)
+	j.stop()
+	j.await(t, func() bool { return strings.Contains(drop(), `level=INFO msg=removed item="slot infra_pki_journal_`) })
+	require.Empty(t, drop())
+	var left int
+	require.NoError(t, j.d.Owner(t).QueryRow(t.Context(), "select (select count(*) from pg_replication_slots) + (select count(*) from pg_publication)").Scan(&left))
+	require.Zero(t, left)
+}
+
 // What a journal that ended in a bad moment leaves is not taken for what it is not.
 func TestJournalsThatLackSomething(t *testing.T) {
 	j := newJournaled(t)
