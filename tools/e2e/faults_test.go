@@ -95,6 +95,9 @@ func TestFaults(t *testing.T) {
 		{name: "kill -9 of postgres", short: true, may: restarted, strike: func(t *testing.T) { t.Helper(); f.kill(t, "postgres", 0) }},
 		{name: "kill -9 of pgbouncer", may: restarted, strike: func(t *testing.T) { t.Helper(); f.kill(t, "pgbouncer", 0) }},
 		{name: "kill -9 of caddy", may: restarted, strike: func(t *testing.T) { t.Helper(); f.kill(t, "caddy", 0) }},
+		{name: "restart of postgres", may: restarted, strike: func(t *testing.T) { t.Helper(); f.restart(t, "postgres") }},
+		{name: "restart of pgbouncer", may: restarted, strike: func(t *testing.T) { t.Helper(); f.restart(t, "pgbouncer") }},
+		{name: "restart of caddy", may: restarted, strike: func(t *testing.T) { t.Helper(); f.restart(t, "caddy") }},
 		{
 			name: "SIGSTOP of a step-ca for 20 s", may: detection, lasts: 20 * time.Second,
 			strike: func(t *testing.T) {
@@ -341,6 +344,12 @@ func killed(t *testing.T, c stack.Container) {
 	t.Helper()
 	require.NoError(t, syscall.Kill(c.State.Pid, syscall.SIGKILL))
 	require.Eventually(t, func() bool { return errors.Is(syscall.Kill(c.State.Pid, 0), syscall.ESRCH) }, 10*time.Second, time.Millisecond)
+}
+
+// restart stops a container in good order and starts it again.
+func (f *faults) restart(t *testing.T, service string) {
+	t.Helper()
+	f.Compose("restart", "--no-deps", service).OK(t)
 }
 
 // clocks asks with tokens of clients whose clocks are wrong.

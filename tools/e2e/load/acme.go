@@ -85,6 +85,8 @@ func (c *CA) Ordering(ctx context.Context, r *Responder) (Operation, error) {
 		return nil, err
 	}
 	return func(ctx context.Context) (string, error) {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), orderPatience)
+		defer cancel()
 		defer hangUp()
 		return order(ctx, client, r, csr.der)
 	}, nil

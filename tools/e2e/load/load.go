@@ -26,6 +26,9 @@ const (
 	// Patience is how long a client waits for the whole of an answer.
 	Patience = 15 * time.Second
 
+	// orderPatience is how long it waits for an ACME order, which is seven answers.
+	orderPatience = time.Minute
+
 	// A client whose request has failed waits before the next one: refused connections
 	// cost nothing, and thousands of them would hide what else fails.
 	pause = 100 * time.Millisecond
@@ -168,6 +171,8 @@ type StatusError struct {
 
 func (e *StatusError) Error() string { return fmt.Sprintf("status %d: %s", e.Code, e.Body) }
 
+const noAnswer = "no answer in time"
+
 func reason(err error) string {
 	if status, ok := errors.AsType[*StatusError](err); ok {
 		return fmt.Sprint("status ", status.Code)
@@ -176,7 +181,7 @@ func reason(err error) string {
 		return fmt.Sprint("status ", problem.StatusCode)
 	}
 	if timeout, ok := errors.AsType[net.Error](err); ok && timeout.Timeout() {
-		return fmt.Sprintf("no answer in %.0f s", Patience.Seconds())
+		return noAnswer
 	}
 	for _, known := range []struct {
 		err error
@@ -188,7 +193,7 @@ func reason(err error) string {
 		{syscall.EHOSTUNREACH, "no route"},
 		{io.EOF, "connection closed"},
 		{io.ErrUnexpectedEOF, "connection closed"},
-		{os.ErrDeadlineExceeded, fmt.Sprintf("no answer in %.0f s", Patience.Seconds())},
+		{os.ErrDeadlineExceeded, noAnswer},
 	} {
 		if errors.Is(err, known.err) {
 			return known.how

@@ -15,10 +15,18 @@ import (
 )
 
 const (
-	// What PostgreSQL 15 itself uses. Every new connection of step-ca repeats the
-	// derivation, and a generated password needs no more.
-	scramIterations = 4096
 	scramSaltLength = 16
+
+	// What RFC 7677 (section 4) asks for and PostgreSQL 15 itself uses. They are there to
+	// slow down whoever guesses passwords with a verifier at hand.
+	scramIterations = 4096
+
+	// A password of this length is taken for one that nobody guesses ("openssl rand
+	// -base64 24" has 32 characters), and then the guesses need not be slow. step-ca does
+	// the derivation for each connection, and it opens about two for a certificate: 1 ms
+	// each, more than everything else that a certificate costs (BENCHMARKS.md).
+	longPassword   = 24
+	fastIterations = 32
 )
 
 // newVerifier makes what PostgreSQL stores for a password (RFC 5803 in PostgreSQL's
@@ -26,7 +34,14 @@ const (
 func newVerifier(password config.Secret) (string, error) {
 	salt := make([]byte, scramSaltLength)
 	_, _ = rand.Read(salt) // never fails: without randomness the program crashes
-	return verifier(password, salt, scramIterations)
+	return verifier(password, salt, iterations(password))
+}
+
+func iterations(password config.Secret) int {
+	if len(password.Reveal()) >= longPassword {
+		return fastIterations
+	}
+	return scramIterations
 }
 
 // verifier derives StoredKey and ServerKey (RFC 5802, section 3). SASLprep leaves
@@ -48,19 +63,18 @@ func mac(key []byte, message string) []byte {
 	return h.Sum(nil)
 }
 
-// matches tells whether a stored verifier is one of password.
+// matches tells whether a stored verifier is one that newVerifier would make of password.
 func matches(stored string, password config.Secret) bool {
 	parameters, isSCRAM := strings.CutPrefix(stored, "SCRAM-SHA-256$")
 	parameters, _, _ = strings.Cut(parameters, "$")
 	count, encoded, _ := strings.Cut(parameters, ":")
-	iterations, err := strconv.Atoi(count)
-	if !isSCRAM || err != nil {
-		return false // an MD5 hash, or nothing
+	if !isSCRAM || count != strconv.Itoa(iterations(password)) {
+		return false // an MD5 hash, nothing, or of a time that derived otherwise
 	}
 	salt, err := base64.StdEncoding.DecodeString(encoded)
 	if err != nil {
 		return false
 	}
-	own, err := verifier(password, salt, iterations)
+	own, err := verifier(password, salt, iterations(password))
 	return err == nil && subtle.ConstantTimeCompare([]byte(own), []byte(stored)) == 1
 }

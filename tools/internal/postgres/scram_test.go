@@ -18,6 +18,12 @@ func TestMatches(t *testing.T) {
 	again, err := newVerifier("correct horse")
 	require.NoError(t, err)
 	require.NotEqual(t, fresh, again, "the salt is random")
+	const long = "correct horse battery staple"
+	fast, err := newVerifier(long)
+	require.NoError(t, err)
+	require.Regexp(t, `^SCRAM-SHA-256\$32:`, fast)
+	slow, err := verifier(long, []byte("salt"), 4096)
+	require.NoError(t, err)
 	tests := map[string]struct {
 		stored   string
 		password config.Secret
@@ -25,6 +31,8 @@ func TestMatches(t *testing.T) {
 	}{
 		"its own":                       {fresh, "correct horse", true},
 		"the server's":                  {byServer, "correct horse", true},
+		"a long one, its own":           {fast, long, true},
+		"a long one, many iterations":   {slow, long, false},
 		"another password":              {fresh, "correct horsf", false},
 		"an MD5 hash":                   {"md5d41d8cd98f00b204e9800998ecf8427e", "correct horse", false},
 		"nothing":                       {"", "correct horse", false},
