@@ -105,8 +105,11 @@ ENV_FILE ?= .env
 AS_OPERATOR = docker run --rm --interactive --network none --user "$$(id -u):$$(id -g)"
 # What opens the archive, and then the archive: neither gets into the stack as a file.
 OPENED = { cat "$(IDENTITY)"; echo; cat "$(ARCHIVE)"; }
-ARCHIVE_GIVEN = test -f "$(ARCHIVE)" && test -f "$(IDENTITY)" \
-	|| { echo '$@: error: ARCHIVE and IDENTITY must name files'; echo '$@: hint: make $@ ARCHIVE=backups/infra-pki-20260131T030000Z.age IDENTITY=backup-identity.txt'; exit 2; } >&2
+# With JOURNAL=DIR, what was committed after the backup, too.
+JOURNAL_MOUNT = $(if $(JOURNAL),--volume "$(abspath $(JOURNAL)):/journal:ro")
+JOURNAL_FLAG = $(if $(JOURNAL),--journal /journal)
+ARCHIVE_GIVEN = test -f "$(ARCHIVE)" && test -f "$(IDENTITY)" && test -d "$(or $(JOURNAL),.)" \
+	|| { echo '$@: error: ARCHIVE and IDENTITY must name files, and JOURNAL a directory if there is one'; echo '$@: hint: make $@ ARCHIVE=backups/infra-pki-20260131T030000Z.age IDENTITY=backup-identity.txt'; exit 2; } >&2
 
 .PHONY: backup-key
 backup-key: images ## make the key that opens backups, into ./backup-identity.txt
@@ -121,12 +124,12 @@ backup: ## write the whole CA into an encrypted archive in ./backups (BACKUP_DIR
 	echo "$$receipt" | $(COMPOSE) run --rm --no-deps -T backup record
 
 .PHONY: verify
-verify: ## test ARCHIVE=… with IDENTITY=…, without restoring it
+verify: ## test ARCHIVE=… with IDENTITY=… (and JOURNAL=…), without restoring it
 	@$(ARCHIVE_GIVEN)
-	@$(OPENED) | $(AS_OPERATOR) $(TOOLS_IMAGE) pkictl backup verify --identity - -
+	@$(OPENED) | $(AS_OPERATOR) $(JOURNAL_MOUNT) $(TOOLS_IMAGE) pkictl backup verify $(JOURNAL_FLAG) --identity - -
 
 .PHONY: restore
-restore: images ## bring ARCHIVE=… into an empty stack, with IDENTITY=…, and start it
+restore: images ## bring ARCHIVE=… (and JOURNAL=…) into an empty stack, with IDENTITY=…, and start it
 	@$(ARCHIVE_GIVEN)
 	@$(OPENED) | $(AS_OPERATOR) --volume "$(CURDIR):/checkout" $(TOOLS_IMAGE) pkictl backup files --identity - --into /checkout -
 	@$(MAKE) load
@@ -135,7 +138,7 @@ restore: images ## bring ARCHIVE=… into an empty stack, with IDENTITY=…, and
 # The database and the volumes alone.
 .PHONY: load
 load:
-	@$(OPENED) | $(COMPOSE) run --rm -T restore $(RESTORE) --identity - -
+	@$(OPENED) | $(COMPOSE) run --rm -T $(JOURNAL_MOUNT) restore $(RESTORE) $(JOURNAL_FLAG) --identity - -
 
 # The scratch project of a drill: its own port, and a network of its own (the first 24 bits).
 DRILL_PORT ?= 19000
@@ -151,7 +154,7 @@ drill: ## prove that ARCHIVE=… restores, with IDENTITY=…: a second CA beside
 	mkdir -p "$$PROVISIONERS_DIR" "$$TEMPLATES_DIR" "$$IMPORT_DIR"; \
 	$(OPENED) | $(AS_OPERATOR) --volume "$$dir:/checkout" $(TOOLS_IMAGE) pkictl backup files --identity - --into /checkout -; \
 	$$scratch down -v; \
-	$(OPENED) | $$scratch run --rm -T restore; \
+	$(OPENED) | $$scratch run --rm -T $(JOURNAL_MOUNT) restore $(JOURNAL_FLAG) --identity - -; \
 	$$scratch up -d --wait; \
 	$$scratch run --rm --no-deps -T db-wait; \
 	$$scratch run --rm -T probe --ca-url "https://127.0.0.1:$(DRILL_PORT)"; \

@@ -28,6 +28,7 @@ func load(t *testing.T, files ...string) *types.Project {
 	for name, value := range example(t) {
 		env = append(env, name+"="+value)
 	}
+	env = append(env, "JOURNAL_DIR="+stack.Repository()) // postgres/journal.yml insists on one
 	options, err := cli.NewProjectOptions(files,
 		cli.WithWorkingDirectory(stack.Repository()), cli.WithEnv(env), cli.WithProfiles([]string{"*"}))
 	require.NoError(t, err)
@@ -306,7 +307,8 @@ func TestContractOfIPv6(t *testing.T) {
 // Invariant 10.
 func TestContractOfSettings(t *testing.T) {
 	declared := slices.Sorted(maps.Keys(example(t)))
-	text := checkedIn(t, "docker-compose.yml") + checkedIn(t, "caddy", "ipv6.yml") + checkedIn(t, "step-ca", "revocation.yml") + checkedIn(t, "postgres", "tls.yml")
+	text := checkedIn(t, "docker-compose.yml") + checkedIn(t, "caddy", "ipv6.yml") + checkedIn(t, "step-ca", "revocation.yml") + checkedIn(t, "postgres", "tls.yml") +
+		checkedIn(t, "postgres", "journal.yml")
 	text = regexp.MustCompile(`(?m)(^|\s)#.*$`).ReplaceAllString(text, "")
 	used := map[string]bool{}
 	for _, m := range regexp.MustCompile(`[^$]\$\{?([A-Z][A-Z0-9_]*)`).FindAllStringSubmatch(text, -1) {

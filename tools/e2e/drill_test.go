@@ -64,6 +64,21 @@ func chainOf(t *testing.T, answer []byte) (chain [][]byte) {
 // renew asks over mTLS for a successor and verifies it.
 func (c *ca) renew(t *testing.T, h held, name string) {
 	t.Helper()
+	status, answer := c.askForRenewal(t, h)
+	require.Equal(t, http.StatusCreated, status, string(answer))
+	var chain []*x509.Certificate
+	for _, raw := range chainOf(t, answer) {
+		cert, err := x509.ParseCertificate(raw)
+		require.NoError(t, err)
+		chain = append(chain, cert)
+	}
+	require.NotEqual(t, h.pair.Certificate[0], chain[0].Raw)
+	c.verify(t, chain, name)
+}
+
+// askForRenewal returns the answer and its status.
+func (c *ca) askForRenewal(t *testing.T, h held) (int, []byte) {
+	t.Helper()
 	transport := c.http.Transport.(*http.Transport).Clone() // as newCA makes it
 	transport.TLSClientConfig.Certificates = []tls.Certificate{h.pair}
 	defer transport.CloseIdleConnections()
@@ -75,15 +90,7 @@ func (c *ca) renew(t *testing.T, h held, name string) {
 	var answer bytes.Buffer
 	_, err = answer.ReadFrom(resp.Body)
 	require.NoError(t, err)
-	require.Equal(t, http.StatusCreated, resp.StatusCode, answer.String())
-	var chain []*x509.Certificate
-	for _, raw := range chainOf(t, answer.Bytes()) {
-		cert, err := x509.ParseCertificate(raw)
-		require.NoError(t, err)
-		chain = append(chain, cert)
-	}
-	require.NotEqual(t, h.pair.Certificate[0], chain[0].Raw)
-	c.verify(t, chain, name)
+	return resp.StatusCode, answer.Bytes()
 }
 
 // Invariant 9: a second CA comes out of a backup, on another port and another network,

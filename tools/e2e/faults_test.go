@@ -333,13 +333,17 @@ func (f *faults) lacks(t *testing.T) string {
 	return ""
 }
 
-// kill kills the first process of a container from outside: "docker kill" would count as
-// a stop by hand, which no restart follows. It ends when the process is gone.
 func (f *faults) kill(t *testing.T, service string, i int) {
 	t.Helper()
-	pid := containersOf(t, f.Stack, service)[i].State.Pid
-	require.NoError(t, syscall.Kill(pid, syscall.SIGKILL))
-	require.Eventually(t, func() bool { return errors.Is(syscall.Kill(pid, 0), syscall.ESRCH) }, 10*time.Second, time.Millisecond)
+	killed(t, containersOf(t, f.Stack, service)[i])
+}
+
+// killed kills the first process of a container from outside: "docker kill" would count as
+// a stop by hand, which no restart follows. It ends when the process is gone.
+func killed(t *testing.T, c stack.Container) {
+	t.Helper()
+	require.NoError(t, syscall.Kill(c.State.Pid, syscall.SIGKILL))
+	require.Eventually(t, func() bool { return errors.Is(syscall.Kill(c.State.Pid, 0), syscall.ESRCH) }, 10*time.Second, time.Millisecond)
 }
 
 // restart stops a container in good order and starts it again.

@@ -49,6 +49,7 @@ func run(ctx context.Context, args []string, log *slog.Logger) error {
 	i := settings.Issuance()
 	_, _ = settings.Edge(), settings.Database()
 	settings.Sizes()
+	settings.Journal()
 	settings.AllSecrets()
 	if _, err := backup.ParseRecipients(os.Getenv("BACKUP_RECIPIENTS")); err != nil {
 		settings.Join(err)

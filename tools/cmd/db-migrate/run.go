@@ -12,7 +12,7 @@ import (
 	"github.com/infra-pki/infra-pki/tools/internal/postgres"
 )
 
-const usage = `Usage: db-migrate [--timeout 60s] [--migrations /migrations] [--pooler DIR]
+const usage = `Usage: db-migrate [--timeout 60s] [--migrations /migrations] [--pooler DIR] [--journal]
 
 Brings the database to what step-ca needs, as its owner: step-ca's tables, the
 guards on them, the record of the root CA, and the roles that step-ca and reports
@@ -24,6 +24,9 @@ Flags:
   --migrations DIR      where the SQL files are (/migrations)
   --pooler DIR          where to put what pgbouncer has to know of the roles:
                         settings.ini, users.txt and pgpass (none)
+  --journal             a journal follows the database (postgres/journal.yml). Without it,
+                        what one that was switched off left there is dropped: its slot
+                        would keep write-ahead log that nobody fetches
 
 Environment:
   POSTGRES_HOST, POSTGRES_PORT, POSTGRES_SSLMODE      the server
@@ -47,6 +50,7 @@ func run(ctx context.Context, args []string, log *slog.Logger) error {
 	timeout := fs.Duration("timeout", time.Minute, "")
 	dir := fs.String("migrations", "/migrations", "")
 	pooler := fs.String("pooler", "", "")
+	journal := fs.Bool("journal", false, "")
 	if err := oneshot.Parse(fs, args, usage); err != nil {
 		return err
 	}
@@ -74,8 +78,16 @@ func run(ctx context.Context, args []string, log *slog.Logger) error {
 	if err := postgres.Lock(locking, conn, postgres.Migrating); err != nil {
 		return err
 	}
-	if err := postgres.Migrate(ctx, conn, *dir, passwords, log); err != nil || *pooler == "" {
+	if err := postgres.Migrate(ctx, conn, *dir, passwords, log); err != nil {
 		return err
+	}
+	if !*journal {
+		if err := postgres.DropJournal(ctx, conn, log); err != nil {
+			return err
+		}
+	}
+	if *pooler == "" {
+		return nil
 	}
 	return postgres.WritePoolerFiles(ctx, conn, *pooler, db, sizes, passwords.Runtime, log)
 }

@@ -117,3 +117,39 @@ func (b *backups) collect(ctx context.Context, add emit) error {
 	add(lastBackup, prometheus.GaugeValue, at)
 	return nil
 }
+
+// journal is how the journal follows the database ("pkictl backup journal").
+type journal struct {
+	db       config.Database
+	password config.Secret
+}
+
+var (
+	journalFollows = desc("journal_following", "Whether a journal follows the database.")
+	journalBehind  = desc("journal_behind_bytes", "Write-ahead log that the journal has not on disk yet.")
+	journalBegan   = desc("journal_began_seconds", "When the journal began, in seconds since 1970; 0 if there is none. It goes with backups since then.")
+)
+
+// The slot's name ends with when it was made. One that the server gave up has no place any more.
+const journalQuery = `
+select coalesce(bool_or(active), false), coalesce(min(pg_current_wal_lsn() - confirmed_flush_lsn), 0)::float8,
+  coalesce(extract(epoch from max(to_timestamp(substr(slot_name, length($1) + 1), 'YYYYMMDD"t"HH24MISS"z"'))), 0)::float8
+from pg_replication_slots
+where starts_with(slot_name, $1) and database = current_database() and wal_status <> 'lost'`
+
+func (j *journal) collect(ctx context.Context, add emit) error {
+	conn, err := postgres.Reports(j.db, j.password).Connect(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close(context.WithoutCancel(ctx)) //nolint:errcheck // nothing was written
+	var follows bool
+	var behind, began float64
+	if err := conn.QueryRow(ctx, journalQuery, postgres.JournalSlots).Scan(&follows, &behind, &began); err != nil {
+		return fmt.Errorf("looking for the journal: %w", err)
+	}
+	add(journalFollows, prometheus.GaugeValue, number(follows))
+	add(journalBehind, prometheus.GaugeValue, behind)
+	add(journalBegan, prometheus.GaugeValue, began)
+	return nil
+}

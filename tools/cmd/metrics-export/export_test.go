@@ -183,6 +183,23 @@ func TestBackups(t *testing.T) {
 	require.Equal(t, "pki_collection_success{part=\"backups\"} 0\n", collect())
 }
 
+func TestJournal(t *testing.T) {
+	db := postgrestest.Start(t).Database()
+	db.Migrate(t)
+	collect := func() string {
+		return figures(t, &part{name: "journal", collect: (&journal{db: db.Database, password: db.ReportsPassword}).collect})
+	}
+	require.Equal(t, "pki_collection_success{part=\"journal\"} 1\npki_journal_began_seconds 0\npki_journal_behind_bytes 0\npki_journal_following 0\n", collect())
+	_, err := db.Owner(t).Exec(t.Context(), `select pg_create_logical_replication_slot('infra_pki_journal_20260131t030000z', 'pgoutput')`)
+	require.NoError(t, err)
+	db.Migrate(t) // writes to the log
+	require.Equal(t, `pki_collection_success{part="journal"} 1
+pki_journal_began_seconds 1.7698284e+09
+pki_journal_behind_bytes N
+pki_journal_following 0
+`, vague(collect(), "pki_journal_behind_bytes"))
+}
+
 func TestPooler(t *testing.T) {
 	db := postgrestest.Start(t).Database()
 	db.Migrate(t)

@@ -35,11 +35,12 @@ collected is missing, and pki_collection_success{part} says so; the log says why
   --ca-url URL         the replicas: every address that its host has (default
                        https://step-ca:9000)
   --replicas N         how many replicas there are to be (default 2)
+  --journal            a journal is to follow the database (postgres/journal.yml)
   --health             ends with 0 if the figures are served, else with 1
 
 Figures (times are in seconds since 1970):
   pki_collection_success{part}                         1 or 0: database, pooler, certificates,
-                                                       replicas, backups, disk
+                                                       replicas, backups, disk, journal
   pki_database_up                                      1 or 0
   pki_database_size_bytes
   pki_database_connections{state}                      of clients
@@ -61,6 +62,9 @@ Figures (times are in seconds since 1970):
   pki_replica_up{replica}                              1 or 0: it answers
   pki_provisioner_ready{replica,provisioner}           1 or 0
   pki_backup_last_success_seconds                      0: there has been none
+  pki_journal_following                                1 or 0; these three with --journal
+  pki_journal_behind_bytes                             of write-ahead log, not yet in it
+  pki_journal_began_seconds                            0: there is none
   pki_disk_size_bytes, pki_disk_free_bytes             of the file system that --certs is on, as a
                                                        rule the one of all of the stack's volumes
 
@@ -86,6 +90,7 @@ func run(ctx context.Context, args []string, log *slog.Logger) error {
 	certs := flags.String("certs", "/home/step/certs", "")
 	caURL := flags.String("ca-url", "https://step-ca:9000", "")
 	replicas := flags.Int("replicas", 2, "")
+	withJournal := flags.Bool("journal", false, "")
 	health := flags.Bool("health", false, "")
 	if err := oneshot.Parse(flags, args, usage); err != nil {
 		return err
@@ -111,14 +116,18 @@ func run(ctx context.Context, args []string, log *slog.Logger) error {
 	for _, w := range settings.Warnings() {
 		log.LogAttrs(ctx, slog.LevelWarn, w)
 	}
-	return serve(ctx, *listen, newExporter(ctx, log,
-		&part{name: "database", collect: (&database{db: db, password: password}).collect},
-		&part{name: "pooler", collect: (&pooler{db: db, password: password}).collect},
-		&part{name: "certificates", collect: certificates{dir: *certs}.collect},
-		&part{name: "replicas", collect: stepCAs{url: *caURL, expected: *replicas, certs: *certs}.collect},
-		&part{name: "backups", collect: (&backups{db: db, password: password}).collect},
-		&part{name: "disk", collect: disk{path: *certs}.collect},
-	))
+	parts := []*part{
+		{name: "database", collect: (&database{db: db, password: password}).collect},
+		{name: "pooler", collect: (&pooler{db: db, password: password}).collect},
+		{name: "certificates", collect: certificates{dir: *certs}.collect},
+		{name: "replicas", collect: stepCAs{url: *caURL, expected: *replicas, certs: *certs}.collect},
+		{name: "backups", collect: (&backups{db: db, password: password}).collect},
+		{name: "disk", collect: disk{path: *certs}.collect},
+	}
+	if *withJournal {
+		parts = append(parts, &part{name: "journal", collect: (&journal{db: db, password: password}).collect})
+	}
+	return serve(ctx, *listen, newExporter(ctx, log, parts...))
 }
 
 func serve(ctx context.Context, address string, e *exporter) error {

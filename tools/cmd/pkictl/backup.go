@@ -86,7 +86,8 @@ func owner(further ...error) (postgres.Login, error) {
 	return postgres.Owner(db, password, ownerLockTimeout), nil
 }
 
-func createBackup(ctx context.Context, out, env string, parts map[string]string, log *slog.Logger) error {
+// ownerAndRecipients reads who writes and for whom.
+func ownerAndRecipients() (postgres.Login, []age.Recipient, error) {
 	recipients, err := backup.ParseRecipients(os.Getenv("BACKUP_RECIPIENTS"))
 	var further []error
 	if err != nil {
@@ -95,6 +96,11 @@ func createBackup(ctx context.Context, out, env string, parts map[string]string,
 		further = append(further, errors.New("BACKUP_RECIPIENTS is missing; a good value: the public key that \"make backup-key\" prints"))
 	}
 	login, err := owner(further...)
+	return login, recipients, err
+}
+
+func createBackup(ctx context.Context, out, env string, parts map[string]string, log *slog.Logger) error {
+	login, recipients, err := ownerAndRecipients()
 	if err != nil {
 		return err
 	}
@@ -224,6 +230,53 @@ Examples:
 	},
 }
 
+var backupJournal = command{
+	summary: "write down what is committed after a backup, as long as it runs",
+	usage: `usage: pkictl backup journal [flags] --out DIR
+       pkictl backup journal --health
+
+Follows the database through a replication slot and writes what is committed into DIR,
+encrypted to BACKUP_RECIPIENTS: a file journal-….age at the latest --interval after the
+first change in it, and none when nothing changes. The server keeps what is not on disk
+yet. "restore --journal DIR" brings a backup to where the journal ends. It is the service
+of postgres/journal.yml, and stays until it is stopped.
+
+  --out DIR          the directory, on another disk than the database
+  --interval LENGTH  how old a change may get before it is written, 1s to 1h (default 1m)
+  --state FILE       whose time is when the journal was last in step
+                     (default /tmp/journal)
+  --health           ends with 0 if that is less than half a minute ago, else with 1
+
+` + ownerEnvironment + `  BACKUP_RECIPIENTS: public keys of age, or lines of ssh-ed25519, separated by commas
+
+Examples:
+  pkictl backup journal --out /journal
+  docker compose exec journal pkictl backup journal --health
+`,
+	setup: func(fs *flag.FlagSet) work {
+		var f backup.Follower
+		fs.StringVar(&f.Dir, "out", "", "")
+		fs.DurationVar(&f.Interval, "interval", time.Minute, "")
+		fs.StringVar(&f.State, "state", "/tmp/journal", "")
+		health := fs.Bool("health", false, "")
+		return func(ctx context.Context, log *slog.Logger) (err error) {
+			switch {
+			case *health:
+				return backup.Follows(f.State, time.Now())
+			case f.Dir == "":
+				return oneshot.Usage(errors.New("missing --out"))
+			case f.Interval < time.Second || f.Interval > time.Hour:
+				return oneshot.Usage(fmt.Errorf("--interval %s is not from 1s to 1h", f.Interval))
+			}
+			if f.Owner, f.Recipients, err = ownerAndRecipients(); err != nil {
+				return err
+			}
+			f.Log = log
+			return f.Run(ctx)
+		}
+	},
+}
+
 var backupKeygen = command{
 	summary: "make the key that opens backups",
 	usage: `usage: pkictl backup keygen FILE
@@ -252,6 +305,9 @@ Examples:
 	},
 }
 
+const journalFlag = `  --journal DIR     and every segment of the journal that was written after it
+`
+
 const archiveFlags = `  --identity FILE   what opens it: the file of "pkictl backup keygen", or an SSH key without
                     a passphrase. "-" is standard input; if ARCHIVE is "-" too, the identity
                     comes first and then, on a new line, the archive
@@ -259,13 +315,15 @@ const archiveFlags = `  --identity FILE   what opens it: the file of "pkictl bac
 
 var backupVerify = command{
 	summary: "test an archive without restoring it",
-	usage: `usage: pkictl backup verify --identity FILE ARCHIVE
+	usage: `usage: pkictl backup verify --identity FILE [--journal DIR] ARCHIVE
 
 Decrypts the archive, compares everything in it with its digest, and demands that its
 parts belong together: root, intermediate, the root that the database knows, and keys
-that open with the passwords in its .env. Prints what it holds, and no secret.
+that open with the passwords in its .env. Prints what it holds, and no secret. With
+--journal, it demands that the segments in DIR continue the archive without a gap, and
+prints up to when.
 
-` + archiveFlags + `
+` + archiveFlags + journalFlag + `
 Examples:
   pkictl backup verify --identity backup-identity.txt backups/infra-pki-20260131T030000Z.age
   { cat backup-identity.txt; echo; cat backups/infra-pki-20260131T030000Z.age; } |
@@ -274,17 +332,31 @@ Examples:
 	operands: []string{"ARCHIVE"},
 	setup: func(fs *flag.FlagSet) work {
 		identity := fs.String("identity", "", "")
+		journal := fs.String("journal", "", "")
 		return func(ctx context.Context, _ *slog.Logger) error {
-			c, err := verified(ctx, *identity, fs.Arg(0))
+			identities, r, done, err := openArchive(ctx, *identity, fs.Arg(0))
 			if err != nil {
 				return err
+			}
+			defer done()
+			c, err := backup.Verify(r, identities)
+			if err != nil {
+				return err
+			}
+			var further string
+			if *journal != "" {
+				j, err := backup.OpenJournal(*journal, identities, c)
+				if err != nil {
+					return err
+				}
+				further = fmt.Sprintf("journal       to %s, %d transactions after the backup, %d segments\n", j.Through.Format(time.RFC3339), j.Transactions, j.Segments)
 			}
 			var rows int64
 			for _, t := range c.Tables {
 				rows += t.Rows
 			}
-			fmt.Printf("taken         %s\nroot          %s\ncertificates  %d\nschema        %d\nfiles         %d\ntables        %d with %d rows\n",
-				c.Taken.Format(time.RFC3339), c.Root, c.Certificates, c.Schema, len(c.Files), len(c.Tables), rows)
+			fmt.Printf("taken         %s\nroot          %s\ncertificates  %d\nschema        %d\nfiles         %d\ntables        %d with %d rows\n%s",
+				c.Taken.Format(time.RFC3339), c.Root, c.Certificates, c.Schema, len(c.Files), len(c.Tables), rows, further)
 			return nil
 		}
 	},
@@ -350,8 +422,9 @@ Verifies the whole archive, then loads the database and writes the volumes with 
 certificates and configuration. Only into an empty stack: one that has keys, or whose
 database knows a root, is left as it is. Killed at any instant it can be run again.
 "make restore" takes .env out of the archive first, and starts the stack afterwards.
+With --journal, the database becomes what it was when the last segment in DIR ends.
 
-` + archiveFlags + `  --keep-database   restore the volumes alone: keys were lost, and the database that belongs
+` + archiveFlags + journalFlag + `  --keep-database   restore the volumes alone: keys were lost, and the database that belongs
                     to them was not
   --dry-run         verify the archive, look whether the stack is empty, and say what
                     would be restored
@@ -363,6 +436,7 @@ database knows a root, is left as it is. Killed at any instant it can be run aga
 Examples:
   make restore ARCHIVE=infra-pki-20260131T030000Z.age IDENTITY=backup-identity.txt
   make load RESTORE=--dry-run ARCHIVE=infra-pki-20260131T030000Z.age IDENTITY=backup-identity.txt
+  make restore ARCHIVE=infra-pki-20260131T030000Z.age IDENTITY=backup-identity.txt JOURNAL=journal
 `,
 	operands: []string{"ARCHIVE"},
 	setup: func(fs *flag.FlagSet) work {
@@ -370,10 +444,14 @@ Examples:
 		var target backup.Target
 		fs.BoolVar(&target.KeepDatabase, "keep-database", false, "")
 		fs.BoolVar(&target.DryRun, "dry-run", false, "")
+		fs.StringVar(&target.Journal, "journal", "", "")
 		fs.StringVar(&target.Migrations, "migrations", "/migrations", "")
 		home := fs.String("home", "/home/step", "")
 		rootCA := fs.String("root-ca", "/root-ca", "")
 		return func(ctx context.Context, log *slog.Logger) error {
+			if target.KeepDatabase && target.Journal != "" {
+				return oneshot.Usage(errors.New("--keep-database and --journal exclude each other"))
+			}
 			target.Log, target.Parts = log, map[string]string{backup.RootCA: *rootCA}
 			for _, part := range []string{backup.Config, backup.Secrets, backup.Certs} {
 				target.Parts[part] = filepath.Join(*home, part)

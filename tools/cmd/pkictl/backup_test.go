@@ -20,10 +20,12 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"filippo.io/age"
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/tern/v2/migrate"
 	"github.com/rogpeppe/go-internal/testscript"
 	"go.step.sm/crypto/x509util"
@@ -41,10 +43,13 @@ func TestScriptsOfBackups(t *testing.T) {
 	base := params.Setup
 	params.Setup = func(env *testscript.Env) error {
 		env.Setenv("GORACE", "atexit_sleep_ms=0")
+		env.Setenv("uid", strconv.Itoa(os.Getuid()))
+		env.Setenv("gid", strconv.Itoa(os.Getgid()))
 		return base(env)
 	}
 	maps.Copy(params.Cmds, map[string]func(*testscript.TestScript, bool, []string){
 		"volumes": volumes, "authority": newAuthority, "for-volumes": forVolumes, "stat-mode": statMode, "edit": edit, "forge": forge, "die": die, "append-lines": appendLines, "setenv": setenv, "migrate-to": migrateTo,
+		"kill-journal": killJournal,
 	})
 	testscript.Run(t, params)
 }
@@ -294,6 +299,55 @@ func die(ts *testscript.TestScript, _ bool, args []string) {
 		}
 		killed++
 	}
+}
+
+// killJournal TIMES COMMAND...: the journal is started and killed, ever later, while
+// tokens are used without pause. At last it catches up and is stopped.
+func killJournal(ts *testscript.TestScript, _ bool, args []string) {
+	times, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	connect := func() *pgx.Conn {
+		conn, err := postgres.Owner(database(ts), config.Secret(ts.ReadFile("owner-password")), time.Minute).Connect(ctx)
+		ts.Check(err)
+		return conn
+	}
+	using, watching := connect(), connect()
+	defer watching.Close(context.Background()) //nolint:errcheck // it only reads
+	start := func() *exec.Cmd {
+		cmd := exec.Command(args[1], args[2:]...) //nolint:noctx // it is killed below
+		cmd.Dir, cmd.Env = ts.Getenv("WORK"), environment(ts)
+		ts.Check(cmd.Start())
+		return cmd
+	}
+	used, ended := 0, make(chan struct{})
+	go func() {
+		defer close(ended)
+		for ctx.Err() == nil {
+			if _, err := using.Exec(ctx, "insert into public.used_ott values (convert_to(gen_random_uuid()::text, 'UTF8'), 'used')"); err == nil {
+				used++
+			}
+		}
+	}()
+	for i := range times {
+		cmd := start()
+		time.Sleep(time.Duration(i*i) * 40 * time.Millisecond)
+		ts.Check(cmd.Process.Kill())
+		_ = cmd.Wait() // was killed
+	}
+	cancel()
+	<-ended
+	ctx = context.Background()
+	cmd := start()
+	var now string
+	ts.Check(watching.QueryRow(ctx, "select pg_current_wal_insert_lsn()::text").Scan(&now))
+	for done := false; !done; time.Sleep(20 * time.Millisecond) {
+		ts.Check(watching.QueryRow(ctx, "select coalesce(bool_or(active and confirmed_flush_lsn >= $1::text::pg_lsn), false) from pg_replication_slots", now).Scan(&done))
+	}
+	ts.Check(cmd.Process.Signal(syscall.SIGTERM))
+	ts.Check(cmd.Wait())
+	ts.Logf("%d tokens were used", used)
 }
 
 func environment(ts *testscript.TestScript) []string {

@@ -32,6 +32,7 @@ var commands = map[string]command{
 	"acme eab revoke": eabRevoke,
 	"backup create":   backupCreate,
 	"backup files":    backupFiles,
+	"backup journal":  backupJournal,
 	"backup keygen":   backupKeygen,
 	"backup record":   backupRecord,
 	"backup store":    backupStore,

@@ -68,9 +68,10 @@ const rootCertificate = Certs + "/root_ca.crt"
 type Manifest struct {
 	Format       int       `json:"format"`
 	Taken        time.Time `json:"taken"`
-	Root         string    `json:"root"`         // SHA-256 of the root certificate
-	Schema       int32     `json:"schema"`       // number of the last migration
-	Certificates int64     `json:"certificates"` // issued, TLS and SSH
+	Root         string    `json:"root"`               // SHA-256 of the root certificate
+	Schema       int32     `json:"schema"`             // number of the last migration
+	Certificates int64     `json:"certificates"`       // issued, TLS and SSH
+	Position     *Position `json:"position,omitempty"` // nil in archives from before there were journals
 	Files        []File    `json:"files"`
 	Tables       []Table   `json:"tables"`
 }

@@ -58,6 +58,9 @@ func Create(ctx context.Context, w io.Writer, s Source) (*Manifest, error) {
 		return nil, fmt.Errorf("reading the database: %w", err)
 	}
 	defer tx.Rollback(context.WithoutCancel(ctx)) //nolint:errcheck // it only read
+	if err := keepTables(ctx, lock, tx); err != nil {
+		return nil, err
+	}
 
 	var fileKey []byte
 	recipients := make([]age.Recipient, 0, len(s.Recipients))
@@ -77,6 +80,22 @@ func Create(ctx context.Context, w io.Writer, s Source) (*Manifest, error) {
 		return nil, fmt.Errorf("verifying what was written: %w", failed)
 	}
 	return m, err
+}
+
+// keepTables keeps everybody from truncating or rewriting a table until tx is over. It has
+// to come before tx takes its snapshot: whoever looks later finds such a table empty,
+// whatever the snapshot (PostgreSQL 15, section 13.6, Caveats).
+func keepTables(ctx context.Context, conn *pgx.Conn, tx pgx.Tx) error {
+	rows, _ := conn.Query(ctx, `select quote_ident(nspname) || '.' || quote_ident(relname) from pg_class c join pg_namespace n on n.oid = relnamespace
+		where relkind in ('r', 'p') and nspname in ('public', 'infra_pki')`) // CollectRows returns its error
+	names, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err == nil && len(names) > 0 {
+		_, err = tx.Exec(ctx, "lock table "+strings.Join(names, ", ")+" in access share mode")
+	}
+	if err != nil {
+		return fmt.Errorf("reading the database: %w", err)
+	}
+	return nil
 }
 
 // write writes an archive. unlock is called as soon as the files are read.
@@ -139,8 +158,10 @@ func (m *Manifest) describe(ctx context.Context, tx pgx.Tx, tables []table) erro
 			return oneshot.WithHint(fmt.Errorf("reading the database: table %s is missing", needed), "db-migrate makes the schema: run it first")
 		}
 	}
+	m.Position = &Position{}
 	err := tx.QueryRow(ctx, `select coalesce((select fingerprint from infra_pki.root), ''), (select version from infra_pki.version),
-		(select count(*) from public.x509_certs) + (select count(*) from public.ssh_certs)`).Scan(&m.Root, &m.Schema, &m.Certificates)
+		(select count(*) from public.x509_certs) + (select count(*) from public.ssh_certs),
+		`+databaseQuery+`, pg_catalog.pg_current_snapshot()::text`).Scan(&m.Root, &m.Schema, &m.Certificates, &m.Position.Database, &m.Position.Snapshot)
 	if err != nil {
 		return fmt.Errorf("reading the database: %w", err)
 	}

@@ -23,7 +23,11 @@ import (
 // newSource is a CA that one certificate was issued by, and what opens its backup.
 func newSource(t *testing.T) (*postgrestest.Database, backup.Source, age.Identity) {
 	t.Helper()
-	d := postgrestest.New(t)
+	return sourceOn(t, postgrestest.New(t))
+}
+
+func sourceOn(t *testing.T, d *postgrestest.Database) (*postgrestest.Database, backup.Source, age.Identity) {
+	t.Helper()
 	d.Migrate(t)
 	dir := t.TempDir()
 	s := backup.Source{

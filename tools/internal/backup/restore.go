@@ -32,6 +32,7 @@ type Target struct {
 	// KeepDatabase: it is there, belongs to the same root, and is newer than the archive.
 	KeepDatabase bool
 	DryRun       bool // verify the archive and look at the stack, write nothing
+	Journal      string // directory; none if empty
 	Log          *slog.Logger
 }
 
@@ -52,6 +53,13 @@ func Restore(ctx context.Context, archive io.ReadSeeker, identities []age.Identi
 		return nil, err
 	}
 	t.report(ctx, "verified", "archive", slog.Time("taken", c.Taken), slog.String("root", c.Root), slog.Int64("certificates", c.Certificates))
+	var j *Journal
+	if t.Journal != "" {
+		if j, err = OpenJournal(t.Journal, identities, c); err != nil {
+			return nil, err
+		}
+		t.report(ctx, "verified", "journal", slog.Time("through", j.Through), slog.Int("segments", j.Segments), slog.Int("transactions", j.Transactions))
+	}
 	conn, err := t.Owner.Connect(ctx)
 	if err != nil {
 		return nil, err
@@ -74,7 +82,7 @@ func Restore(ctx context.Context, archive io.ReadSeeker, identities []age.Identi
 		}
 		return c, volumes.apply(ctx, t.DryRun, t.report)
 	}
-	if err := t.database(ctx, conn, c, func(each func(string, io.Reader) error) (*Contents, error) {
+	if err := t.database(ctx, conn, c, j, func(each func(string, io.Reader) error) (*Contents, error) {
 		if _, err := archive.Seek(0, io.SeekStart); err != nil {
 			return nil, err
 		}
@@ -102,9 +110,9 @@ func (t Target) report(ctx context.Context, outcome, item string, attrs ...slog.
 }
 
 // database loads the tables, unless an earlier run has.
-func (t Target) database(ctx context.Context, conn *pgx.Conn, c *Contents, again func(func(string, io.Reader) error) (*Contents, error)) error {
+func (t Target) database(ctx context.Context, conn *pgx.Conn, c *Contents, j *Journal, again func(func(string, io.Reader) error) (*Contents, error)) error {
 	const item = "database"
-	done, err := loaded(ctx, conn, c)
+	done, err := loaded(ctx, conn, c, j)
 	if err != nil {
 		return err
 	}
@@ -116,7 +124,8 @@ func (t Target) database(ctx context.Context, conn *pgx.Conn, c *Contents, again
 		t.report(ctx, "would be created", item, slog.Int("tables", len(c.Tables)))
 		return nil
 	}
-	if err := migrateTo(ctx, conn, t.Migrations, c.Schema); err != nil {
+	migrations, err := migrateTo(ctx, conn, t.Migrations, c.Schema, j)
+	if err != nil {
 		return err
 	}
 	tx, err := conn.Begin(ctx)
@@ -128,7 +137,7 @@ func (t Target) database(ctx context.Context, conn *pgx.Conn, c *Contents, again
 	if _, err := tx.Exec(ctx, "set local session_replication_role = replica"); err != nil {
 		return oneshot.WithHint(fmt.Errorf("restoring the database: %w", err), "POSTGRES_USER must be the superuser that the database was made with")
 	}
-	tables, err := prepare(ctx, tx, c)
+	tables, err := prepare(ctx, tx, c, j)
 	if err != nil {
 		return err
 	}
@@ -154,6 +163,11 @@ func (t Target) database(ctx context.Context, conn *pgx.Conn, c *Contents, again
 			return fmt.Errorf("reading table %s back: it is not what the archive has", want.Name)
 		}
 	}
+	if j != nil {
+		if err := t.replay(ctx, tx, c, j, migrations); err != nil {
+			return err
+		}
+	}
 	if err := tx.Commit(ctx); err != nil {
 		return fmt.Errorf("restoring the database: %w", err)
 	}
@@ -161,9 +175,42 @@ func (t Target) database(ctx context.Context, conn *pgx.Conn, c *Contents, again
 	return nil
 }
 
+// replay brings the loaded tables to where the journal ends, and notes that it did.
+func (t Target) replay(ctx context.Context, tx pgx.Tx, c *Contents, j *Journal, migrations []*migrate.Migration) error {
+	schema := c.Schema
+	err := j.replay(ctx, tx, func(version int32) error {
+		// As the migrator would, but within this transaction.
+		steps := []string{"set local session_replication_role = origin"}
+		for ; schema < version; schema++ {
+			steps = append(steps, migrations[schema].UpSQL)
+		}
+		steps = append(steps, "set local session_replication_role = replica", fmt.Sprintf("update %s set version = %d", versionTable, version))
+		for _, step := range steps {
+			if _, err := tx.Exec(ctx, step); err != nil {
+				return fmt.Errorf("bringing the schema to version %d, as the journal does: %w", version, err)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if _, err := tx.Exec(ctx, "comment on table infra_pki.root is '"+restored(c, j)+"'"); err != nil {
+		return fmt.Errorf("restoring the database: %w", err)
+	}
+	return nil
+}
+
+// restored is what a restore with a journal leaves in the database, for the next run to
+// know that the tables are loaded: there are no digests of them as they are now.
+func restored(c *Contents, j *Journal) string {
+	last := j.files[len(j.files)-1]
+	return fmt.Sprintf("restored from the backup of %s and the journal of %s up to %s", c.Taken.Format(time.RFC3339), last.begin.Chain, last.end.End)
+}
+
 // loaded tells whether an earlier run has loaded the tables, and refuses a database that
 // holds anything else.
-func loaded(ctx context.Context, conn *pgx.Conn, c *Contents) (bool, error) {
+func loaded(ctx context.Context, conn *pgx.Conn, c *Contents, j *Journal) (bool, error) {
 	tx, err := conn.BeginTx(ctx, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly})
 	if err != nil {
 		return false, fmt.Errorf("reading the database: %w", err)
@@ -187,6 +234,17 @@ func loaded(ctx context.Context, conn *pgx.Conn, c *Contents) (bool, error) {
 	}
 	if len(holds) == 0 {
 		return false, nil
+	}
+	if j != nil {
+		var note string
+		err := tx.QueryRow(ctx, "select coalesce(obj_description(to_regclass('infra_pki.root'), 'pg_class'), '')").Scan(&note)
+		if err != nil {
+			return false, fmt.Errorf("reading the database: %w", err)
+		}
+		if note == restored(c, j) {
+			return true, nil
+		}
+		return false, notEmpty(ctx, tx, holds)
 	}
 	for _, want := range c.Tables {
 		t, ok := there[want.Name]
@@ -214,44 +272,49 @@ func notEmpty(ctx context.Context, tx pgx.Tx, holds []string) error {
 }
 
 // migrateTo brings an empty database to the schema that the archive is from. What is
-// newer is db-migrate's, which then also changes the rows where a migration does.
-func migrateTo(ctx context.Context, conn *pgx.Conn, dir string, schema int32) error {
+// newer is db-migrate's, which then also changes the rows where a migration does. It
+// returns all migrations, for those that the journal goes through.
+func migrateTo(ctx context.Context, conn *pgx.Conn, dir string, schema int32, j *Journal) ([]*migrate.Migration, error) {
 	files := os.DirFS(dir)
 	found, err := migrate.FindMigrations(files)
 	if err != nil || len(found) == 0 {
-		return oneshot.WithHint(fmt.Errorf("reading migrations: %q holds none, or not all", dir), "--migrations names the directory, postgres/migrations in the repository")
+		return nil, oneshot.WithHint(fmt.Errorf("reading migrations: %q holds none, or not all", dir), "--migrations names the directory, postgres/migrations in the repository")
 	}
-	if int(schema) > len(found) {
-		return oneshot.WithHint(fmt.Errorf("the archive's schema is at version %d, this release knows %d", schema, len(found)),
+	last := schema
+	if j != nil {
+		last = j.schema(schema)
+	}
+	if int(last) > len(found) {
+		return nil, oneshot.WithHint(fmt.Errorf("the archive's schema is at version %d, this release knows %d", last, len(found)),
 			"nothing was changed; take the release that made it, or a later one")
 	}
 	if _, err := conn.Exec(ctx, "create schema if not exists infra_pki"); err != nil {
-		return fmt.Errorf("creating schema infra_pki: %w", err)
+		return nil, fmt.Errorf("creating schema infra_pki: %w", err)
 	}
 	m, err := migrate.NewMigrator(ctx, conn, "infra_pki.version") // as db-migrate does
 	if err != nil {
-		return fmt.Errorf("preparing migrations: %w", err)
+		return nil, fmt.Errorf("preparing migrations: %w", err)
 	}
 	if err := m.LoadMigrations(files); err != nil {
-		return fmt.Errorf("reading migrations: %w", err)
+		return nil, fmt.Errorf("reading migrations: %w", err)
 	}
 	version, err := m.GetCurrentVersion(ctx)
 	if err != nil {
-		return fmt.Errorf("reading the schema's version: %w", err)
+		return nil, fmt.Errorf("reading the schema's version: %w", err)
 	}
 	if version > schema {
-		return oneshot.WithHint(fmt.Errorf("the archive's schema is at version %d, the empty database is at %d already", schema, version),
+		return nil, oneshot.WithHint(fmt.Errorf("the archive's schema is at version %d, the empty database is at %d already", schema, version),
 			"nothing was changed; take the empty database away, so that the restore can make it: docker compose down, then docker volume rm PROJECT_postgres-data")
 	}
 	if err := m.MigrateTo(ctx, schema); err != nil {
-		return fmt.Errorf("making the schema: %w", err)
+		return nil, fmt.Errorf("making the schema: %w", err)
 	}
-	return nil
+	return m.Migrations, nil
 }
 
 // prepare returns the tables that rows go into, and makes those of step-ca that the
 // migrations do not know.
-func prepare(ctx context.Context, tx pgx.Tx, c *Contents) (map[string]table, error) {
+func prepare(ctx context.Context, tx pgx.Tx, c *Contents, j *Journal) (map[string]table, error) {
 	list, err := listTables(ctx, tx)
 	if err != nil {
 		return nil, err
@@ -262,21 +325,41 @@ func prepare(ctx context.Context, tx pgx.Tx, c *Contents) (map[string]table, err
 	}
 	tables := map[string]table{}
 	for _, want := range c.Tables {
-		schema, relation, _ := strings.Cut(want.Name, ".")
-		t, ok := there[want.Name]
-		if !ok {
-			t = table{Schema: schema, Relation: relation, Columns: want.Columns, Key: []string{"nkey"}}
-			if !t.stepCA() {
-				return nil, oneshot.WithHint(fmt.Errorf("the archive has table %s, which this release does not know", want.Name), "take the release that made it")
-			}
-			if _, err := tx.Exec(ctx, "create table "+t.quoted()+" (nkey bytea check (octet_length(nkey) <= 255), nvalue bytea, primary key (nkey))"); err != nil {
-				return nil, fmt.Errorf("creating table %s: %w", want.Name, err)
-			}
+		t, err := have(ctx, tx, there, want.Name, want.Columns)
+		if err != nil {
+			return nil, err
 		}
-		t.Columns = want.Columns
 		tables[want.Name] = t
 	}
+	if j == nil {
+		return tables, nil
+	}
+	for name, columns := range j.tables {
+		if _, ok := tables[name]; ok || !strings.HasPrefix(name, "public.") {
+			continue // of this project, by the migrations
+		}
+		if _, err := have(ctx, tx, there, name, columns); err != nil {
+			return nil, err
+		}
+	}
 	return tables, nil
+}
+
+// have returns a table, and makes it if it is not there and step-ca's.
+func have(ctx context.Context, tx pgx.Tx, there map[string]table, name string, columns []string) (table, error) {
+	t, ok := there[name]
+	if !ok {
+		schema, relation, _ := strings.Cut(name, ".")
+		t = table{Schema: schema, Relation: relation, Columns: columns, Key: []string{"nkey"}}
+		if !t.stepCA() {
+			return t, oneshot.WithHint(fmt.Errorf("the archive has table %s, which this release does not know", name), "take the release that made it")
+		}
+		if _, err := tx.Exec(ctx, "create table "+t.quoted()+" (nkey bytea check (octet_length(nkey) <= 255), nvalue bytea, primary key (nkey))"); err != nil {
+			return t, fmt.Errorf("creating table %s: %w", name, err)
+		}
+	}
+	t.Columns = columns
+	return t, nil
 }
 
 // planned are files to be written.

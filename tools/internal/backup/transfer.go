@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"hash"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
@@ -104,16 +103,11 @@ func Store(r io.Reader, dir string) (receipt *Receipt, err error) {
 	if err := durable.Sweep(filepath.Join(dir, temporary)); err != nil {
 		return nil, err
 	}
-	tmp, err := os.CreateTemp(dir, "."+temporary+".*.tmp") // 0600
+	tmp, err := durable.Begin(dir, temporary)
 	if err != nil {
 		return nil, fmt.Errorf("storing the backup: %w", err)
 	}
-	defer func() {
-		_ = tmp.Close() // was synced before, unless a step failed
-		if e := os.Remove(tmp.Name()); e != nil {
-			err = errors.Join(err, fmt.Errorf("removing a temporary file: %w", e))
-		}
-	}()
+	defer func() { err = errors.Join(err, tmp.Discard()) }()
 	receipt, err = receive(r, tmp)
 	if err != nil {
 		return nil, err
@@ -121,18 +115,11 @@ func Store(r io.Reader, dir string) (receipt *Receipt, err error) {
 	if err := tmp.Sync(); err != nil {
 		return nil, fmt.Errorf("storing the backup: %w", err)
 	}
-	if err := receipt.check(tmp); err != nil {
+	if err := receipt.check(tmp.File); err != nil {
 		return nil, err
 	}
-	// link(2), unlike rename(2), refuses an existing target.
-	if err := os.Link(tmp.Name(), filepath.Join(dir, receipt.Name)); err != nil {
-		if errors.Is(err, fs.ErrExist) {
-			err = fmt.Errorf("%q is there already", filepath.Join(dir, receipt.Name))
-		}
+	if err := tmp.Publish(filepath.Join(dir, receipt.Name), 0o600); err != nil {
 		return nil, fmt.Errorf("storing the backup: %w", err)
-	}
-	if err := handle.Sync(); err != nil {
-		return nil, fmt.Errorf("syncing directory: %w", err)
 	}
 	return receipt, nil
 }

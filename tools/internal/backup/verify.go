@@ -59,23 +59,9 @@ func Verify(r io.Reader, identities []age.Identity) (*Contents, error) {
 // read goes through an archive once. each gets the rows of one table after the other,
 // before their digest is known to be right.
 func read(r io.Reader, identities []age.Identity, each func(name string, rows io.Reader) error) (*Contents, error) {
-	buffered := bufio.NewReader(r)
-	switch start, err := buffered.Peek(len(ageIntro)); {
-	case len(start) == 0 && errors.Is(err, io.EOF):
-		return nil, refuse(hintForeign, "it is empty")
-	case err != nil && !errors.Is(err, io.EOF):
-		return nil, fmt.Errorf("reading the archive: %w", err)
-	case string(start) != ageIntro:
-		return nil, refuse(hintForeign, "it is not a backup: it is not encrypted with age")
-	}
-	opened, err := age.Decrypt(buffered, identities...)
-	var mismatch *age.NoIdentityMatchError
-	switch {
-	case errors.As(err, &mismatch):
-		return nil, refuse("nothing was changed; the identity must be the one whose public half was in BACKUP_RECIPIENTS when the backup was made",
-			"the identity does not open it")
-	case err != nil:
-		return nil, damaged(err)
+	opened, err := decrypt(r, identities)
+	if err != nil {
+		return nil, err
 	}
 	unpacked, err := gzip.NewReader(opened)
 	if errors.Is(err, gzip.ErrHeader) {
@@ -96,6 +82,29 @@ func read(r io.Reader, identities []age.Identity, each func(name string, rows io
 		}
 	}
 	return c, nil
+}
+
+// decrypt opens what is encrypted with age, or says why it does not.
+func decrypt(r io.Reader, identities []age.Identity) (io.Reader, error) {
+	buffered := bufio.NewReader(r)
+	switch start, err := buffered.Peek(len(ageIntro)); {
+	case len(start) == 0 && errors.Is(err, io.EOF):
+		return nil, refuse(hintForeign, "it is empty")
+	case err != nil && !errors.Is(err, io.EOF):
+		return nil, &refusal{err}
+	case string(start) != ageIntro:
+		return nil, refuse(hintForeign, "it is not encrypted with age")
+	}
+	opened, err := age.Decrypt(buffered, identities...)
+	var mismatch *age.NoIdentityMatchError
+	switch {
+	case errors.As(err, &mismatch):
+		return nil, refuse("nothing was changed; the identity must be the one whose public half was in BACKUP_RECIPIENTS when it was written",
+			"the identity does not open it")
+	case err != nil:
+		return nil, damaged(err)
+	}
+	return opened, nil
 }
 
 func ended(r io.Reader) error {

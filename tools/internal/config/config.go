@@ -84,6 +84,8 @@ type environment struct {
 	PostgresDB           string `envconfig:"POSTGRES_DB"`
 	PostgresUser         string `envconfig:"POSTGRES_USER"`
 	BackupRecipients     string `envconfig:"BACKUP_RECIPIENTS"`
+	JournalDir           string `envconfig:"JOURNAL_DIR"`
+	JournalInterval      string `envconfig:"JOURNAL_INTERVAL" default:"1m"`
 	LogFormat            string `envconfig:"LOG_FORMAT" default:"text"`
 }
 

@@ -77,6 +77,19 @@ func (r *Reader) Sizes() Sizes {
 	return sizes
 }
 
+// Journal checks what a journal needs, if there is to be one, and returns how old a change
+// may get before it is written.
+func (r *Reader) Journal() time.Duration {
+	interval := r.duration("JOURNAL_INTERVAL", r.env.JournalInterval, "1m")
+	if interval != 0 && (interval < time.Second || interval > time.Hour) {
+		r.problem("JOURNAL_INTERVAL", "1m", "is not from 1s to 1h: %s", interval)
+	}
+	if r.env.JournalDir != "" && strings.TrimSpace(r.env.BackupRecipients) == "" {
+		r.problem("BACKUP_RECIPIENTS", `the public key that "make backup-key" prints`, "is missing, and JOURNAL_DIR asks for a journal, which is encrypted to them")
+	}
+	return interval
+}
+
 func (r *Reader) identifier(setting, value, example string) {
 	switch {
 	case value == "":

@@ -129,7 +129,7 @@ func place(path string, data []byte, mode fs.FileMode, publish func(from, to str
 	if err := publish(tmp.Name(), path); err != nil {
 		return fmt.Errorf("writing %q: %w", path, cause(err))
 	}
-	return syncDir(dir)
+	return SyncDir(dir)
 }
 
 // Rename puts a file that is whole in the place of another one in the same directory.
@@ -137,7 +137,7 @@ func Rename(from, to string) error {
 	if err := os.Rename(from, to); err != nil {
 		return fmt.Errorf("writing %q: %w", to, cause(err))
 	}
-	return syncDir(filepath.Dir(to))
+	return SyncDir(filepath.Dir(to))
 }
 
 // cause leaves out the name of the temporary file, which says nothing to anyone.
@@ -153,7 +153,8 @@ func cause(err error) error {
 	return err
 }
 
-func syncDir(dir string) error {
+// SyncDir makes the names in a directory last.
+func SyncDir(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {
 		return fmt.Errorf("syncing directory: %w", err)

@@ -96,6 +96,14 @@ func (l Login) Connect(ctx context.Context) (*pgx.Conn, error) {
 }
 
 func (l Login) dial(ctx context.Context) (*pgx.Conn, error) {
+	cfg, err := l.config()
+	if err != nil {
+		return nil, err
+	}
+	return pgx.ConnectConfig(ctx, cfg)
+}
+
+func (l Login) config() (*pgx.ConnConfig, error) {
 	params := url.Values{"application_name": {"infra-pki"}}
 	if l.pooled {
 		params.Set("default_query_exec_mode", "exec")
@@ -108,7 +116,7 @@ func (l Login) dial(ctx context.Context) (*pgx.Conn, error) {
 	for name, value := range l.params {
 		cfg.RuntimeParams[name] = value
 	}
-	return pgx.ConnectConfig(ctx, cfg)
+	return cfg, nil
 }
 
 // String names the way in, without the password.
