@@ -31,7 +31,7 @@ type Target struct {
 	Migrations string            // directory
 	// KeepDatabase: it is there, belongs to the same root, and is newer than the archive.
 	KeepDatabase bool
-	DryRun       bool // verify the archive and look at the stack, write nothing
+	DryRun       bool   // verify the archive and look at the stack, write nothing
 	Journal      string // directory; none if empty
 	Log          *slog.Logger
 }
