@@ -97,9 +97,11 @@ const hintImpostor = `nothing was installed. Either something between here and %
 func explain(err error, caURL string) error {
 	var status *stepca.StatusError
 	switch {
+	case errors.Is(err, context.Canceled):
+		return err
 	case errors.Is(err, stepca.ErrClosed):
 		return oneshot.WithHint(err, "the edge closes connections from addresses that ALLOWED_IPS does not have: this machine's must be in it")
-	case errors.Is(err, stepca.ErrUnreachable):
+	case errors.Is(err, stepca.ErrUnreachable), errors.As(err, &status) && status.Code >= http.StatusInternalServerError:
 		return oneshot.WithHint(err, `the address is https://DOMAIN_CA:9000 of the CA; "make status" on the CA host tells whether it serves`)
 	case errors.As(err, &status) && status.Code == http.StatusNotFound:
 		return oneshot.WithHint(err, hintImpostor, caURL)

@@ -27,6 +27,7 @@ import (
 type nss struct {
 	dir   string // empty: there is no database
 	owner person
+	err   error // why nobody knows whether there is one
 }
 
 // databases are where browsers keep them, below a home directory.
@@ -43,7 +44,11 @@ func nssStores() []store {
 		return []store{nss{}} // its certutil is another program; Firefox there reads the system's store
 	}
 	var found []store
-	for _, p := range people() {
+	persons, err := people()
+	if err != nil {
+		found = append(found, nss{err: oneshot.WithHint(err, "whoever it is can run this with --stores nss, without sudo")})
+	}
+	for _, p := range persons {
 		for _, pattern := range databases {
 			dirs, _ := filepath.Glob(filepath.Join(p.home, pattern)) // the patterns are good
 			for _, dir := range dirs {
@@ -62,6 +67,9 @@ func nssStores() []store {
 func (n nss) where() string { return n.dir }
 
 func (n nss) absent() error {
+	if n.err != nil {
+		return n.err
+	}
 	if n.dir == "" {
 		return errors.New("there is no profile of Firefox and no database of Chromium")
 	}

@@ -3,6 +3,7 @@
 package anchor
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"os/user"
@@ -19,21 +20,37 @@ type person struct {
 // people are the user of this process and, if that is root by way of sudo, whoever
 // called sudo. What is theirs is read and written with their rights alone, so it
 // stays theirs, and a link in their home leads nowhere that they could not go.
-func people() []person {
+func people() ([]person, error) {
 	var found []person
-	if name := os.Getenv("SUDO_USER"); name != "" && os.Geteuid() == 0 {
-		if u, err := user.Lookup(name); err == nil && u.Uid != "0" {
-			uid, errUID := strconv.ParseUint(u.Uid, 10, 32)
-			gid, errGID := strconv.ParseUint(u.Gid, 10, 32)
-			if errUID == nil && errGID == nil {
-				found = append(found, person{home: u.HomeDir, as: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}})
-			}
+	var problem error
+	if name := os.Getenv("SUDO_USER"); name != "" && name != "root" && os.Geteuid() == 0 {
+		caller, err := sudoCaller(name)
+		if err != nil {
+			problem = fmt.Errorf("looking for the home of SUDO_USER: %w", err)
+		} else {
+			found = append(found, caller)
 		}
 	}
 	if home, err := os.UserHomeDir(); err == nil && (len(found) == 0 || found[0].home != home) {
 		found = append(found, person{home: home})
 	}
-	return found
+	return found, problem
+}
+
+func sudoCaller(name string) (person, error) {
+	u, err := user.Lookup(name)
+	if err != nil {
+		return person{}, err
+	}
+	uid, err := strconv.ParseUint(u.Uid, 10, 32)
+	if err != nil {
+		return person{}, err
+	}
+	gid, err := strconv.ParseUint(u.Gid, 10, 32)
+	if err != nil {
+		return person{}, err
+	}
+	return person{home: u.HomeDir, as: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}}, nil
 }
 
 func (p person) run(cmd *exec.Cmd) {
