@@ -428,6 +428,19 @@ func (s *stream) alive(ctx context.Context, m pglogrepl.PrimaryKeepaliveMessage)
 // The CRL is made anew each minute, from revocations that the journal has.
 const leftOut = "public.x509_crl"
 
+// keeps tells whether a table is one that a backup has, too.
+func (s *stream) keeps(id uint32) (*pglogrepl.RelationMessage, bool, error) {
+	relation, ok := s.relations[id]
+	if !ok {
+		return nil, false, fmt.Errorf("following the database: a change of the unknown table %d", id)
+	}
+	t := table{Schema: relation.Namespace, Relation: relation.RelationName}
+	for _, c := range relation.Columns {
+		t.Columns = append(t.Columns, c.Name)
+	}
+	return relation, t.name() != leftOut && t.known(), nil
+}
+
 func (s *stream) change(message pglogrepl.Message) error {
 	switch m := message.(type) {
 	case *pglogrepl.RelationMessage:
@@ -445,12 +458,12 @@ func (s *stream) change(message pglogrepl.Message) error {
 	case *pglogrepl.TruncateMessage:
 		r := &record{Op: opTruncate}
 		for _, id := range m.RelationIDs {
-			relation, err := s.relation(id)
+			relation, keeps, err := s.keeps(id)
 			if err != nil {
 				return err
 			}
-			if name := tableName(relation); name != leftOut {
-				r.Tables = append(r.Tables, name)
+			if keeps {
+				r.Tables = append(r.Tables, tableName(relation))
 			}
 		}
 		if len(r.Tables) > 0 {
@@ -460,30 +473,15 @@ func (s *stream) change(message pglogrepl.Message) error {
 	return nil // what it says of types and origins
 }
 
-func (s *stream) relation(id uint32) (*pglogrepl.RelationMessage, error) {
-	relation, ok := s.relations[id]
-	if !ok {
-		return nil, fmt.Errorf("following the database: a change of the unknown table %d", id)
-	}
-	return relation, nil
-}
-
 func tableName(r *pglogrepl.RelationMessage) string { return r.Namespace + "." + r.RelationName }
 
 // row writes what became of a row.
 func (s *stream) row(op string, id uint32, before, after *pglogrepl.TupleData) error {
-	relation, err := s.relation(id)
-	if err != nil {
+	relation, keeps, err := s.keeps(id)
+	if err != nil || !keeps {
 		return err
 	}
-	name := tableName(relation)
-	if name == leftOut {
-		return nil
-	}
-	if !knownTable.MatchString(name) {
-		return oneshot.WithHint(fmt.Errorf("following the database: table %s is not one of step-ca", name), "move it to another schema or database; schema public belongs to step-ca")
-	}
-	r := &record{Op: op, Table: name}
+	r := &record{Op: op, Table: tableName(relation)}
 	if op != opDelete {
 		if r.Row, err = values(relation, after, false); err != nil {
 			return err

@@ -285,6 +285,10 @@ func TestNothingIsWrittenWhenNothingChanges(t *testing.T) {
 	_, err := j.d.Owner(t).Exec(t.Context(), "insert into public.x509_crl values ('crl', 'a list'); update public.x509_crl set nvalue = 'another'")
 	require.NoError(t, err)
 	j.caughtUp(t)
+	// What no backup would have, and refuses.
+	_, err = j.d.Owner(t).Exec(t.Context(), `create table public.notes (id int); insert into public.notes values (1); truncate public.notes; drop table public.notes`)
+	require.NoError(t, err)
+	j.caughtUp(t)
 	require.Len(t, j.segments(t), 1)
 	j.use(t, "a")
 	j.caughtUp(t)

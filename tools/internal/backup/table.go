@@ -37,6 +37,11 @@ func (t table) stepCA() bool {
 	return t.Schema == "public" && slices.Equal(t.Columns, []string{"nkey", "nvalue"})
 }
 
+// known says that the table is one that comes back.
+func (t table) known() bool {
+	return knownTable.MatchString(t.name()) && (t.Schema != "public" || t.stepCA())
+}
+
 // What the migrations count is no data: a restore counts for itself.
 const tablesQuery = `
 select nspname, relname,
@@ -65,7 +70,7 @@ func listTables(ctx context.Context, tx pgx.Tx) ([]table, error) {
 		return nil, fmt.Errorf("reading the database: %w", err)
 	}
 	for _, t := range tables {
-		if !knownTable.MatchString(t.name()) || t.Schema == "public" && !t.stepCA() {
+		if !t.known() {
 			return nil, oneshot.WithHint(fmt.Errorf("reading the database: table %s is not one of step-ca, and would not come back", t.name()),
 				"move it to another schema or database; schema public belongs to step-ca")
 		}
