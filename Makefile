@@ -183,7 +183,7 @@ fuzz: prerequisites ## fuzz each parser of outside input for FUZZTIME (3s)
 
 .PHONY: e2e
 e2e: prerequisites images ## drive the real stack, under project names and ports of its own
-	@go -C tools/e2e test -count=1 -timeout 30m -v ./...
+	@go -C tools/e2e test -count=1 -timeout 60m -v ./...
 
 .PHONY: lint
 lint: prerequisites ## golangci-lint, shellcheck, yamllint
