@@ -8,7 +8,6 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -17,10 +16,10 @@ import (
 
 // A host with Debian's sshd and nothing of ours but pkictl.
 const (
-	machineName  = "web.e2e.test"
-	dropIn       = "/etc/ssh/sshd_config.d/infra-pki.conf"
-	maxPkictl    = 30_000_000
-	maxHelpStart = 250 * time.Millisecond // measured: 25 ms of CPU
+	machineName    = "web.e2e.test"
+	dropIn         = "/etc/ssh/sshd_config.d/infra-pki.conf"
+	maxPkictl      = 30_000_000
+	maxHelpSeconds = 0.15
 )
 
 var keyKinds = []string{"ed25519", "ecdsa", "rsa"}
@@ -71,8 +70,8 @@ func (m sshdHost) files(times bool) []string {
 		format += " %T@"
 	}
 	const skipped = `-path /proc -o -path /sys -o -path /dev -o -path /run -o -path /tmp -o -path /root -o -path /var/log -o -path /home`
-	listing := m.Shell(`find / \( ` + skipped + ` \) -prune -o -printf '` + format + `\n'; ` +
-		`find / \( ` + skipped + ` \) -prune -o -type f -print0 | xargs -0 sha256sum`).OK(m.t).Stdout
+	listing := m.Shell(`find / -mindepth 1 \( ` + skipped + ` \) -prune -o -printf '` + format + `\n'; ` +
+		`find / -mindepth 1 \( ` + skipped + ` \) -prune -o -type f -print0 | xargs -0 sha256sum`).OK(m.t).Stdout
 	lines := strings.Split(strings.TrimSpace(listing), "\n")
 	slices.Sort(lines)
 	return lines
@@ -102,12 +101,13 @@ func TestHosts(t *testing.T) {
 		size, err := strconv.Atoi(strings.TrimSpace(m.Run("stat", "--format", "%s", "/usr/local/bin/pkictl").OK(t).Stdout))
 		require.NoError(t, err)
 		require.Less(t, size, maxPkictl)
-		// The best of several: other tests are at work on this machine.
-		took := m.Shell(`for _ in {1..20}; do begin=$(date +%s%N); pkictl --help >/dev/null; echo $(( $(date +%s%N) - begin )); done | sort -n | head -n 1`).OK(t).Stdout
-		nanoseconds, err := strconv.Atoi(strings.TrimSpace(took))
-		require.NoError(t, err)
-		t.Logf("pkictl: %d bytes, --help in %.1f ms", size, float64(nanoseconds)/1e6)
-		require.Less(t, time.Duration(nanoseconds), maxHelpStart)
+		// In time of the processor: other tests are at work on this machine.
+		took := m.Shell("TIMEFORMAT='%U %S'; time for _ in {1..20}; do pkictl --help >/dev/null; done").OK(t).Stderr
+		var user, system float64
+		_, err = fmt.Sscan(took, &user, &system)
+		require.NoError(t, err, took)
+		t.Logf("pkictl: %d bytes, --help in %.0f ms of the processor's", size, (user+system)/20*1000)
+		require.Less(t, (user+system)/20, maxHelpSeconds)
 	})
 
 	t.Run("the printed line makes a host a member, whose sshd_config ends in a Match block", func(t *testing.T) {
@@ -126,7 +126,7 @@ func TestHosts(t *testing.T) {
 		for kind, algorithm := range algorithms {
 			out := client.Shell("ssh -v -o HostKeyAlgorithms=" + algorithm + strict + " -i /tmp/deploy deploy@" + machineName + " id -un").OK(t)
 			require.Equal(t, "deploy\n", out.Stdout, kind)
-			require.Contains(t, out.Stderr, "Server host certificate: "+algorithm)
+			require.Contains(t, out.Stderr, "kex: host key algorithm: "+algorithm)
 		}
 		client.Shell("ssh -o HostKeyAlias=www.e2e.test" + strict + " -i /tmp/deploy deploy@" + machineName + " true").OK(t)
 		refused := client.Shell("ssh -o HostKeyAlias=db.e2e.test"+strict+" -i /tmp/deploy deploy@"+machineName+" true").Exits(t, 255)
