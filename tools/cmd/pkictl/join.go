@@ -463,7 +463,7 @@ func (s *sshJoin) until() time.Time {
 	for _, c := range s.good {
 		end = min(end, c.ValidBefore)
 	}
-	return time.Unix(int64(min(end, 253402300799)), 0) //nolint:gosec // G115: at most the end of the year 9999
+	return time.Unix(int64(min(end, 253402300799)), 0)
 }
 
 // planSSH looks at sshd and at the certificates that are there.

@@ -39,7 +39,7 @@ func haveSSHD() (bool, error) {
 		return false, nil
 	}
 	if os.Geteuid() == 0 { // where a unit or an init script makes it
-		return true, os.MkdirAll("/run/sshd", 0o755)
+		return true, os.MkdirAll("/run/sshd", 0o755) //nolint:gosec // G301: as these make it
 	}
 	return true, nil
 }
@@ -92,7 +92,7 @@ func startSSHD(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(os.WriteFile(file, []byte(config.String()), 0o600))
 	binary, err := exec.LookPath("/usr/sbin/sshd")
 	ts.Check(err)
-	server := exec.CommandContext(context.Background(), binary, "-D", "-f", file, "-E", filepath.Join(dir, "log")) //nolint:gosec // G204: for tests
+	server := exec.CommandContext(context.Background(), binary, "-D", "-f", file, "-E", filepath.Join(dir, "log"))
 	ts.Check(server.Start())
 	ts.Defer(func() {
 		ts.Check(server.Process.Signal(syscall.SIGTERM))

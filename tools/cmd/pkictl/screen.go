@@ -68,7 +68,7 @@ func wrong(found problems) error {
 
 // paint colours text for a terminal, unless the user wants none (https://no-color.org).
 func paint(code string) func(string) string {
-	if os.Getenv("NO_COLOR") != "" || os.Getenv("TERM") == "dumb" || !term.IsTerminal(int(os.Stdout.Fd())) { //nolint:gosec // G115: a file descriptor
+	if os.Getenv("NO_COLOR") != "" || os.Getenv("TERM") == "dumb" || !term.IsTerminal(int(os.Stdout.Fd())) {
 		return func(s string) string { return s }
 	}
 	return func(s string) string { return "\x1b[" + code + "m" + s + "\x1b[0m" }

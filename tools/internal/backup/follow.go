@@ -55,7 +55,7 @@ func (f *Follower) Run(ctx context.Context) error {
 	for {
 		err := f.session(ctx, func() { trouble = "" })
 		if ctx.Err() != nil {
-			return nil
+			return nil //nolint:nilerr // it was told to end, and has written what it had
 		}
 		if reason := err.Error(); reason != trouble {
 			attrs := []slog.Attr{slog.String("reason", reason)}

@@ -213,6 +213,9 @@ func TestBackupAndJournalAreTheDatabase(t *testing.T) {
 	}
 }
 
+// dice is one of 0 to n-1.
+func dice(n int) int { return mathrand.IntN(n) } //nolint:gosec // G404: for a test
+
 // scribble is a transaction of one to three changes; one in five is rolled back.
 func scribble(ctx context.Context, conn *pgx.Conn, worker int) error {
 	tables := []string{"public.x509_certs_data", "public.ssh_hosts", "public.acme_challenges", "infra_pki.eab_required", "infra_pki.backups"}
@@ -221,27 +224,27 @@ func scribble(ctx context.Context, conn *pgx.Conn, worker int) error {
 		return err
 	}
 	defer tx.Rollback(context.WithoutCancel(ctx)) //nolint:errcheck // after a commit there is nothing to roll back
-	for range 1 + mathrand.IntN(3) {
-		table := tables[mathrand.IntN(len(tables))]
-		key := fmt.Sprintf("key %d", mathrand.IntN(20)) // of all workers
-		value := make([]byte, mathrand.IntN(9000))      // large ones are stored apart
-		_, _ = rand.Read(value)                         // never fails
-		switch {
-		case table == "infra_pki.backups":
-			_, err = tx.Exec(ctx, "insert into infra_pki.backups (bytes, certificates) values ($1, $2)", 1+mathrand.IntN(2), worker)
-			if mathrand.IntN(4) == 0 { // no key, and several rows that are alike
+	for range 1 + dice(3) {
+		table := tables[dice(len(tables))]
+		key := fmt.Sprintf("key %d", dice(20)) // of all workers
+		value := make([]byte, dice(9000))      // large ones are stored apart
+		_, _ = rand.Read(value)                // never fails
+		switch table {
+		case "infra_pki.backups":
+			_, err = tx.Exec(ctx, "insert into infra_pki.backups (bytes, certificates) values ($1, $2)", 1+dice(2), worker)
+			if dice(4) == 0 { // no key, and several rows that are alike
 				_, err = tx.Exec(ctx, "update infra_pki.backups set taken_at = '2026-01-01' where ctid in (select ctid from infra_pki.backups where bytes = 1 limit 3)")
-			} else if mathrand.IntN(4) == 0 {
+			} else if dice(4) == 0 {
 				_, err = tx.Exec(ctx, "delete from infra_pki.backups where ctid in (select ctid from infra_pki.backups where bytes = 2 limit 3)")
 			}
-		case table == "infra_pki.eab_required":
+		case "infra_pki.eab_required":
 			_, err = tx.Exec(ctx, "insert into infra_pki.eab_required (provisioner) values ($1) on conflict (provisioner) do update set since = now()", key)
 		default:
-			switch mathrand.IntN(6) {
+			switch dice(6) {
 			case 0:
 				_, err = tx.Exec(ctx, "delete from "+table+" where nkey = $1", []byte(key))
 			case 1: // the key alone: the value is not sent
-				_, err = tx.Exec(ctx, "update "+table+" set nkey = $2 where nkey = $1 and not exists (select from "+table+" where nkey = $2)", []byte(key), fmt.Appendf(nil, "moved %d %d", worker, mathrand.IntN(5)))
+				_, err = tx.Exec(ctx, "update "+table+" set nkey = $2 where nkey = $1 and not exists (select from "+table+" where nkey = $2)", []byte(key), fmt.Appendf(nil, "moved %d %d", worker, dice(5)))
 			case 2:
 				_, err = tx.Exec(ctx, "update "+table+" set nvalue = null where nkey = $1", []byte(key))
 			default:
@@ -252,12 +255,12 @@ func scribble(ctx context.Context, conn *pgx.Conn, worker int) error {
 			return err
 		}
 	}
-	if mathrand.IntN(50) == 0 {
+	if dice(50) == 0 {
 		if _, err := tx.Exec(ctx, "truncate public.ssh_hosts"); err != nil {
 			return err
 		}
 	}
-	if mathrand.IntN(5) == 0 {
+	if dice(5) == 0 {
 		return tx.Rollback(ctx)
 	}
 	return tx.Commit(ctx)

@@ -110,7 +110,7 @@ func FuzzSegment(f *testing.F) {
 		require.NoError(t, err)
 		require.Equal(t, s.begin, s2.begin)
 		require.True(t, s.end.Through.Equal(s2.end.Through))
-		require.Equal(t, len(records), len(records2))
+		require.Len(t, records2, len(records))
 		for i := range records {
 			for _, r := range []*record{&records[i], &records2[i]} {
 				if r.Time != nil {

@@ -14,14 +14,14 @@ import (
 	"github.com/infra-pki/infra-pki/tools/internal/config"
 )
 
-func signed(t testing.TB, claims map[string]any) string {
-	t.Helper()
+func signed(tb testing.TB, claims map[string]any) string {
+	tb.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	require.NoError(t, err)
+	require.NoError(tb, err)
 	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: key}, nil)
-	require.NoError(t, err)
+	require.NoError(tb, err)
 	raw, err := jose.Signed(signer).Claims(claims).CompactSerialize()
-	require.NoError(t, err)
+	require.NoError(tb, err)
 	return raw
 }
 

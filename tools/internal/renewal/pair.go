@@ -102,7 +102,7 @@ func readSSH(certFile, keyFile string) (*Certificate, error) {
 	}
 	return &Certificate{
 		Names: cert.ValidPrincipals, Serial: fmt.Sprint(cert.Serial),
-		From: time.Unix(int64(min(cert.ValidAfter, forever)), 0), Until: time.Unix(int64(min(cert.ValidBefore, forever)), 0), //nolint:gosec // G115: both are small
+		From: time.Unix(int64(min(cert.ValidAfter, forever)), 0), Until: time.Unix(int64(min(cert.ValidBefore, forever)), 0),
 		key: key, ssh: cert,
 	}, nil
 }

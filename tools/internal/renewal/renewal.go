@@ -166,7 +166,7 @@ func (r *Renewal) renew(ctx context.Context, p Pair) error {
 	return nil
 }
 
-// ErrExpired: such a certificate proves nothing to the CA any more.
+// ErrExpired says that a certificate is over: it proves nothing to the CA any more.
 var ErrExpired = errors.New("it expired")
 
 // ask gets a successor of c.

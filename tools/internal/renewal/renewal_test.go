@@ -111,8 +111,8 @@ func newMachine(t *testing.T, key crypto.Signer) *machine {
 
 func (m *machine) write(p Pair, c content) {
 	m.t.Helper()
-	require.NoError(m.t, os.WriteFile(p.Key, c.key, 0o640)) //nolint:gosec // G306: renewing must keep it
-	require.NoError(m.t, os.WriteFile(p.Cert, c.cert, 0o604))
+	require.NoError(m.t, os.WriteFile(p.Key, c.key, 0o640))   //nolint:gosec // G306: renewing must keep it
+	require.NoError(m.t, os.WriteFile(p.Cert, c.cert, 0o604)) //nolint:gosec // G306: as above
 }
 
 // at moves the clock to a point in the life of the TLS certificate: 0 is its beginning,
@@ -222,7 +222,7 @@ func TestRenewal(t *testing.T) {
 			}
 			public, err := os.ReadFile(m.ssh.Key + ".pub")
 			require.NoError(t, err)
-			require.Equal(t, string(ssh.ssh.Type()), string(m.read(m.ssh).ssh.Type()))
+			require.Equal(t, ssh.ssh.Type(), m.read(m.ssh).ssh.Type())
 			require.True(t, bytes.HasPrefix(public, []byte(m.read(m.ssh).ssh.Key.Type()+" ")))
 			require.Equal(t, 2, m.told())
 			require.Equal(t, 2, m.sshd)

@@ -245,7 +245,7 @@ func timerProblems(ctx context.Context) []string {
 func systemctl(ctx context.Context, args ...string) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	said, err := exec.CommandContext(ctx, "systemctl", args...).CombinedOutput() //nolint:gosec // G204: the words are constants of this package
+	said, err := exec.CommandContext(ctx, "systemctl", args...).CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("running systemctl %s: %w: %s", strings.Join(args, " "), err, bytes.TrimSpace(said))
 	}

@@ -45,7 +45,7 @@ func tree(t *testing.T, root string) map[string]string {
 	files := map[string]string{}
 	require.NoError(t, filepath.Walk(root, func(path string, info os.FileInfo, err error) error {
 		if err == nil && info.Mode().IsRegular() {
-			data, err := os.ReadFile(path)
+			data, err := os.ReadFile(path) //nolint:gosec // G122: nobody else writes there
 			files[strings.TrimPrefix(path, root)] = info.Mode().String() + "\n" + string(data)
 			return err
 		}
@@ -77,7 +77,8 @@ func TestInstallAndRemove(t *testing.T) {
 		calls       string
 	}{
 		"systemd, where it is the init system": {
-			[]string{systemd, units, "/etc/cron.d"}, Systemd,
+			[]string{systemd, units, "/etc/cron.d"},
+			Systemd,
 			[]string{units + "/" + failed, units + "/" + service, units + "/" + timer},
 			"daemon-reload\nenable --now " + timer + "\n",
 		},
@@ -179,7 +180,7 @@ func TestSystemdAcceptsTheUnits(t *testing.T) {
 	require.NoError(t, err)
 	dir := s.Root + units
 	for _, unit := range []string{timer, service, failed} {
-		out, err := exec.CommandContext(t.Context(), "systemd-analyze", "verify", filepath.Join(dir, unit)).CombinedOutput() //nolint:gosec // G204: the units of this test
+		out, err := exec.CommandContext(t.Context(), "systemd-analyze", "verify", filepath.Join(dir, unit)).CombinedOutput()
 		require.NoError(t, err, string(out))
 		require.Empty(t, string(out))
 	}

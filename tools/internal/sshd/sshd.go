@@ -119,7 +119,7 @@ func (s Server) run(ctx context.Context, args ...string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
 	defer cancel()
 	var stdout, stderr bytes.Buffer
-	cmd := exec.CommandContext(ctx, path, args...) //nolint:gosec // G204: sshd with the operator's configuration
+	cmd := exec.CommandContext(ctx, path, args...)
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {
 		return nil, fmt.Errorf("%w: %s", err, strings.Join(strings.FieldsFunc(stderr.String(), func(c rune) bool { return c == '\n' || c == '\r' }), "; "))
@@ -311,8 +311,8 @@ func (s Server) hangUp(ctx context.Context, e Effective) error {
 	// A configuration of its own is not that of the unit.
 	if _, err := os.Stat("/run/systemd/system"); err == nil && s.Config == "" {
 		for _, unit := range []string{"ssh.service", "sshd.service"} {
-			if exec.CommandContext(ctx, "systemctl", "is-active", "--quiet", unit).Run() == nil { //nolint:gosec // G204: one of the two above
-				if said, err := exec.CommandContext(ctx, "systemctl", "reload", unit).CombinedOutput(); err != nil { //nolint:gosec // G204: as above
+			if exec.CommandContext(ctx, "systemctl", "is-active", "--quiet", unit).Run() == nil {
+				if said, err := exec.CommandContext(ctx, "systemctl", "reload", unit).CombinedOutput(); err != nil {
 					return fmt.Errorf("systemctl reload %s: %w: %s", unit, err, bytes.TrimSpace(said))
 				}
 				return nil
