@@ -44,13 +44,11 @@ func (m member) join() {
 		" --tls-owner www-data --tls-mode 0640 --tls-reload 'echo told >>/root/told'; rm -f /root/told").OK(m.t)
 }
 
-// replace puts certificates for the same keys in the place of those that the machine
-// has, with a window that options of step set.
+// replace puts certificates in the place of those that the machine has, that of TLS with
+// a key of its own, with a window that options of step set.
 func (m member) replace(options string) {
 	m.t.Helper()
-	for _, file := range []string{webKey, edKey + ".pub"} {
-		m.client.Write("/tmp/replace"+map[bool]string{true: ".pub"}[file != webKey], m.Read(file))
-	}
+	m.client.Write("/tmp/replace.pub", m.Read(edKey+".pub"))
 	m.client.Shell("cd /tmp && step ca certificate " + machineName + " replace.crt replace --kty EC --force" + byAdmin + options + " && " +
 		"step ssh certificate " + machineName + " replace.pub --host --sign --force --principal " + machineName + byAdmin + options).OK(m.t)
 	for from, to := range map[string]string{"replace": webKey, "replace.crt": web, "replace-cert.pub": edCert} {
