@@ -20,6 +20,8 @@ import (
 	"strconv"
 	"strings"
 
+	"go.step.sm/crypto/pemutil"
+
 	"github.com/infra-pki/infra-pki/tools/internal/durable"
 	"github.com/infra-pki/infra-pki/tools/internal/enrol"
 	"github.com/infra-pki/infra-pki/tools/internal/host"
@@ -231,11 +233,7 @@ func tlsKey(path string) (crypto.Signer, []byte, error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("reading a key: %w", err)
 	}
-	block, _ := pem.Decode(data)
-	if block == nil {
-		return nil, nil, fmt.Errorf("reading the key %q: it is not PEM", path)
-	}
-	key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	key, err := pemutil.Parse(data)
 	if err != nil {
 		return nil, nil, fmt.Errorf("reading the key %q: %w", path, err)
 	}
