@@ -8,6 +8,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
+	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -18,9 +19,11 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"testing"
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/stretchr/testify/require"
 	"go.step.sm/crypto/x509util"
 	"golang.org/x/crypto/ssh"
 
@@ -133,4 +136,27 @@ func stale(ts *testscript.TestScript, _ bool, args []string) {
 	})
 	ts.Check(err)
 	ts.Check(os.WriteFile(ts.MkAbs(args[2]), []byte(token), 0o600))
+}
+
+// A key may be there already, made by openssl, step or certbot.
+func TestTLSKeyIsReadInAnyEncoding(t *testing.T) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	require.NoError(t, err)
+	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
+	require.NoError(t, err)
+	sec1, err := x509.MarshalECPrivateKey(key)
+	require.NoError(t, err)
+	for name, block := range map[string]*pem.Block{
+		"PKCS #8": {Type: "PRIVATE KEY", Bytes: pkcs8},
+		"SEC 1":   {Type: "EC PRIVATE KEY", Bytes: sec1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			file := filepath.Join(t.TempDir(), "key")
+			require.NoError(t, os.WriteFile(file, pem.EncodeToMemory(block), 0o600))
+			read, data, err := tlsKey(file)
+			require.NoError(t, err)
+			require.True(t, key.PublicKey.Equal(read.Public()))
+			require.Equal(t, pem.EncodeToMemory(block), data)
+		})
+	}
 }
