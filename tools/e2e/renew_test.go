@@ -177,7 +177,8 @@ func TestHostsRenewByThemselves(t *testing.T) {
 		require.Contains(t, m.status(1).what(), "and the clock of this host says")
 
 		m.replace(" --not-after 6s")
-		require.Eventually(t, func() bool { return strings.Contains(m.status(1).what(), `"`+edCert+`" expired on `) }, 15*time.Second, time.Second)
+		expired := edCert + `\" expired on ` // in JSON
+		require.Eventually(t, func() bool { return strings.Contains(m.Run("pkictl", "status", "--json").Stdout, expired) }, 15*time.Second, time.Second)
 		out = m.Run("pkictl", "renew", "--force").Exits(t, 1)
 		require.Contains(t, out.Stderr, `pkictl: error: renewing "`+web+`": it expired on `)
 		require.Contains(t, out.Stderr, `pkictl: hint: the CA renews no certificate that has expired: "pkictl token" on the CA host`)
