@@ -36,8 +36,8 @@ const (
 	desktopImage = "infra-pki/e2e-desktop:local"
 	toolsImage   = "infra-pki/tools:local"
 
-	// Longer than any single command takes.
-	patience = 4 * time.Minute
+	// Longer than any single command takes, the build of an image with a browser included.
+	patience = 10 * time.Minute
 )
 
 // Result is what a command did.
