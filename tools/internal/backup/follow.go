@@ -41,6 +41,7 @@ const (
 	statusInterval = 5 * time.Second
 	// What could not be done may be possible after that.
 	retryInterval = 3 * time.Second
+	gather        = time.Second
 	// A segment ends with the transaction that reaches this.
 	maxSegment = 64 << 20
 )
@@ -533,6 +534,12 @@ func (s *stream) write(r *record) error {
 		w, err := newSegment(s.Dir, s.Recipients, *s.begin)
 		if err != nil {
 			return err
+		}
+		// As old as its first change. What is overdue, after a pause, is gathered for a moment.
+		if gathered := time.Now().Add(min(gather, s.Interval) - s.Interval); s.current.CommitTime.Before(gathered) {
+			w.since = gathered
+		} else if s.current.CommitTime.Before(w.since) {
+			w.since = s.current.CommitTime
 		}
 		s.segment = w
 	}

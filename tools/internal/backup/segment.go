@@ -106,7 +106,7 @@ type segmentWriter struct {
 	file   *durable.Stream
 	sealed io.WriteCloser
 	packed *gzip.Writer
-	since  time.Time // when it was begun
+	since  time.Time // the first change in it is this old
 }
 
 // temporary is the name of what has no name yet.
