@@ -183,6 +183,7 @@ func TestHostsRenewByThemselves(t *testing.T) {
 		require.Contains(t, out.Stderr, `pkictl: error: renewing "`+web+`": it expired on `)
 		require.Contains(t, out.Stderr, `pkictl: hint: the CA renews no certificate that has expired: "pkictl token" on the CA host`)
 		m.join()
+		m.Run("pkictl", "renew").OK(t) // until then the failure is the last that is known
 		require.Empty(t, m.status(0).what())
 		m.known()
 	})
