@@ -432,6 +432,12 @@ func (p *planned) others(part, dir string) (names []string, err error) {
 func (p *planned) apply(ctx context.Context, dryRun bool, report func(context.Context, string, string, ...slog.Attr)) error {
 	for _, f := range p.files {
 		if f.there {
+			// A run that was killed just after it had made the file leaves its other name.
+			if !dryRun {
+				if err := durable.Sweep(f.path); err != nil {
+					return err
+				}
+			}
 			report(ctx, string(durable.Unchanged), f.item)
 			continue
 		}
