@@ -349,6 +349,29 @@ func TestFirstOrdersOfAnAccountAreBothListed(t *testing.T) {
 	require.NoError(t, race("unguarded"))
 }
 
+// What a new order costs does not depend on how many there are: the guard of the lists
+// reads the orders that are dropped and no others.
+func TestListOfOrdersIsCheckedByKey(t *testing.T) {
+	d := postgrestest.New(t)
+	d.Migrate(t)
+	_, err := d.Owner(t).Exec(t.Context(), `insert into public.acme_orders
+		select convert_to('order' || n, 'UTF8'), convert_to('{"status":"valid"}', 'UTF8') from generate_series(1, 1000) n`)
+	require.NoError(t, err)
+	tx, err := d.Runtime(t).Begin(t.Context()) // what follows counts alone
+	require.NoError(t, err)
+	for n := 1; n <= 20; n++ { // a plan is kept from the sixth on
+		_, err := tx.Exec(t.Context(), `insert into acme_account_orders_index (nkey, nvalue) values ('account', $1)
+			on conflict (nkey) do update set nvalue = excluded.nvalue`, fmt.Appendf(nil, `["order%d"]`, n))
+		require.NoError(t, err)
+	}
+	var byKey, scanned int
+	require.NoError(t, tx.QueryRow(t.Context(), `select coalesce(idx_scan, 0), seq_tup_read
+		from pg_stat_xact_user_tables where relname = 'acme_orders'`).Scan(&byKey, &scanned))
+	require.Equal(t, 19, byKey)
+	require.Zero(t, scanned, "orders read one after the other")
+	require.NoError(t, tx.Rollback(t.Context()))
+}
+
 func drop(t *testing.T, owner *pgx.Conn, table, guard string) {
 	t.Helper()
 	_, err := owner.Exec(t.Context(), "drop trigger "+pgx.Identifier{guard}.Sanitize()+" on "+pgx.Identifier{"public", table}.Sanitize())
