@@ -36,7 +36,7 @@ summary:
 	acme=/acme/acme/directory; \
 	if $(COMPOSE) exec -T step-ca curl -fs -o /dev/null --cacert certs/root_ca.crt "https://localhost:9000$$acme"; then \
 		printf '  ACME directory    %s\n' "$$url$$acme"; fi; \
-	printf '\n  make trust   root, fingerprint and SSH CA keys into ./trust\n  make init    apply an edited .env (allow-list, provisioners, lifetimes)\n  make status  what runs\n'; \
+	printf '\n  make trust   root, fingerprint and SSH CA keys into ./trust\n  make init    apply an edited .env (allow-list, provisioners, lifetimes)\n  make status  what is wrong, and what to do\n'; \
 	printf '  on a client: step ca bootstrap --ca-url %s --fingerprint %s\n\n' "$$url" "$$fingerprint"
 
 .PHONY: down
@@ -183,7 +183,8 @@ fuzz: prerequisites ## fuzz each parser of outside input for FUZZTIME (3s)
 
 .PHONY: e2e
 e2e: prerequisites images ## drive the real stack, under project names and ports of its own
-	@go -C tools/e2e test -count=1 -timeout 60m -v ./...
+	@go -C tools/e2e test -count=1 ./internal/...
+	@go -C tools/e2e test -count=1 -timeout 60m -v .
 
 .PHONY: lint
 lint: prerequisites ## golangci-lint, shellcheck, yamllint
@@ -199,11 +200,11 @@ prerequisites:
 
 .PHONY: bench
 bench: prerequisites images ## rates against stock wirings, haproxy and nginx; start-up, memory, sizes (see BENCHMARKS.md)
-	@go -C tools/e2e test -count=1 -timeout 60m -run '^$$' -bench . ./...
+	@go -C tools/e2e test -count=1 -timeout 60m -run '^$$' -bench . .
 
 .PHONY: faults
 faults: prerequisites images ## everything that can happen, under load: a table of what clients saw
-	@FAULTS=1 go -C tools/e2e test -count=1 -timeout 60m -run '^TestFaults$$' -v ./...
+	@FAULTS=1 go -C tools/e2e test -count=1 -timeout 60m -run '^TestFaults$$' -v .
 
 .PHONY: vuln
 vuln: ## look for known vulnerabilities (needs the network)
