@@ -247,10 +247,10 @@ func measure(b *testing.B, operations []loadtest.Operation, pids []int) string {
 	if ok := len(o.Samples) - len(failed); ok > 0 {
 		each = fmt.Sprintf("%.2f ms", float64((after-before).Microseconds())/1000/float64(ok))
 	}
-	return fmt.Sprintf("| %.0f | %s | %s | %s | %s |", o.Rate(), milliseconds(o.Quantile(0.5)), milliseconds(o.Quantile(0.99)), reasons, each)
+	return fmt.Sprintf("| %.0f | %s | %s | %s | %s |", o.Rate(), readable(o.Quantile(0.5)), readable(o.Quantile(0.99)), reasons, each)
 }
 
-func milliseconds(d time.Duration) string {
+func readable(d time.Duration) string {
 	if d >= time.Second {
 		return fmt.Sprintf("%.1f s", d.Seconds())
 	}
@@ -383,7 +383,7 @@ stream {
 		for _, edge := range edges {
 			r := results[edge]
 			fmt.Printf("| %s | %s | %.0f | %s | %s | %d %s | %.2f ms | %.3f |\n", kind.name, edge, rate(edge),
-				milliseconds(r.outcome.Quantile(0.5)), milliseconds(r.outcome.Quantile(0.99)), len(r.outcome.Failed()), loadtest.Reasons(r.outcome.Failed()),
+				readable(r.outcome.Quantile(0.5)), readable(r.outcome.Quantile(0.99)), len(r.outcome.Failed()), loadtest.Reasons(r.outcome.Failed()),
 				float64(r.cpu.Microseconds())/1000/float64(len(r.outcome.Samples)), rate(edge)/rate("haproxy"))
 		}
 	}
