@@ -1,6 +1,7 @@
 package e2e_test
 
 import (
+	"encoding/json"
 	"maps"
 	"os"
 	"os/exec"
@@ -142,19 +143,27 @@ func (o *sso) ssh(t *testing.T, id string) map[string][]string {
 	return found
 }
 
-// states tells of each OIDC provisioner whether step-ca could initialise it.
+// states tells of each OIDC provisioner whether every step-ca could initialise it: each takes a
+// provider up again by itself.
 func (o *sso) states(t *testing.T) map[string]string {
 	t.Helper()
-	var list struct {
-		Provisioners []struct{ Type, Name, State, StateReason string }
-	}
-	require.Equal(t, 200, o.ca.get(t, "/provisioners", &list))
 	found := map[string]string{}
-	for _, p := range list.Provisioners {
-		if p.Type == "OIDC" {
-			found[p.Name] = p.State
+	for _, replica := range containersOf(t, o.s, "step-ca") {
+		said := stack.Docker(t, "exec", replica.ID, "curl", "-fsS", "--retry", "3", "--retry-all-errors",
+			"--cacert", "/home/step/certs/root_ca.crt", "https://localhost:9000/provisioners?limit=100").OK(t)
+		var list struct {
+			Provisioners []struct{ Type, Name, State, StateReason string }
+		}
+		require.NoError(t, json.Unmarshal([]byte(said.Stdout), &list))
+		for _, p := range list.Provisioners {
+			if p.Type != "OIDC" {
+				continue
+			}
 			if p.State != "" {
 				require.Contains(t, p.StateReason, ssoEndpoint)
+			}
+			if found[p.Name] == "" {
+				found[p.Name] = p.State
 			}
 		}
 	}
