@@ -1,8 +1,8 @@
 -- The guard of 011_acme_orders_kept.sql, at a cost that does not grow with the table.
 --
--- Its join may be planned as a scan of all orders of all accounts, and was up to some thousands of
--- them: at each new order the server read and parsed every one. What is dropped is mostly
--- one order, so that is found out first, and then looked up by its key.
+-- The join in there can be planned as a scan, and was, with thousands of orders: each new
+-- order had the server read and parse those of all accounts. Here what the list lacks, which is
+-- seldom more than one order, is found first and then looked up by its key.
 create or replace function infra_pki.refuse_lost_order() returns trigger
 language plpgsql set search_path = pg_catalog as $$
 declare
